@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cdas_fast.models.loading import load_model
     from cdas_fast.ops.interchange import clamp, interchange
     from cdas_fast.ops.linear_jsd import linear_jsd
+    from cdas_fast.ops.linear_kl import linear_kl
+    from cdas_fast.ops.linear_logprob import linear_cross_entropy, linear_logprob
     from cdas_fast.steering.generation import generate
     from cdas_fast.steering.vector import SteeringVector
     from cdas_fast.training.config import TrainingConfig
@@ -36,7 +38,10 @@ _HOMES = {
     "generate": "cdas_fast.steering.generation",
     "held_out_divergence": "cdas_fast.evaluation.divergence",
     "interchange": "cdas_fast.ops.interchange",
+    "linear_cross_entropy": "cdas_fast.ops.linear_logprob",
     "linear_jsd": "cdas_fast.ops.linear_jsd",
+    "linear_kl": "cdas_fast.ops.linear_kl",
+    "linear_logprob": "cdas_fast.ops.linear_logprob",
     "load_model": "cdas_fast.models.loading",
     "pairs_from_axbench": "cdas_fast.data.convert",
     "pairs_from_messages": "cdas_fast.data.convert",
@@ -57,7 +62,10 @@ __all__ = [
     "generate",
     "held_out_divergence",
     "interchange",
+    "linear_cross_entropy",
     "linear_jsd",
+    "linear_kl",
+    "linear_logprob",
     "load_model",
     "pairs_from_axbench",
     "pairs_from_messages",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cdas_fast
+from cdas_fast.ops import cpu_library
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS_AVAILABLE = "import transformers.utils as u; print(u.is_kernels_available())"
@@ -109,5 +110,6 @@ def test_wheel_holds_code_data_and_template(tmp_path: Path) -> None:
 
 def test_show_config_names_the_implementation() -> None:
     text = cdas_fast.show_config()
-    assert "linear_jsd: auto takes reference" in text
+    chosen = "cpp" if cpu_library.available() else "reference"
+    assert f"linear_jsd: auto takes {chosen}" in text
     assert f"torch {importlib.metadata.version('torch')}" in text

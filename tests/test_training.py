@@ -331,7 +331,8 @@ def test_batches_by_tokens_keep_order_and_bound() -> None:
         ({"initial_direction": torch.full((1, 32), math.nan)}, "direction: expected finite numbers"),
         ({"source_tokens": "[INST]"}, r"pair 0, positive prompt: source_tokens: expected '\[INST\]' in the prompt"),
         ({"prefix_length": -1}, "prefix_length: expected None or at least 0"),
-        ({"impl": "cpp"}, "impl='cpp' is not part of this version"),
+        ({"impl": "cuda"}, "impl: expected auto, reference, cpp or triton, got 'cuda'"),
+        ({"impl": "triton"}, "impl='triton': expected tensors on cuda"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

@@ -6,23 +6,33 @@
 W has R rows of width D. With orthonormal rows, W Phi(h; a) = a and the complement of the subspace is untouched; with
 one row w of unit length this is h + (a - w.h) w. The rows are used as given: nothing is normalised here.
 
+With g the gradient of Phi(h; a), and sums over the positions where the intervention is made:
+
+    grad_h = g - W^T W g        grad_a = sum W g        grad_W = sum (a - W h) g^T - (W g) h^T
+
+and for a = W h_source, grad_source = W^T grad_a and grad_W gains grad_a h_source^T. Elsewhere grad_h = g.
+
 Source: Geiger et al., "Finding Alignments Between Interpretable Causal Variables and Distributed Neural
 Representations" (2023); Wu et al., "Interpretability at Scale" (2023).
 """
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
-from cdas_fast.errors import InvalidInputError, expected_got
+from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
 from cdas_fast.ops.implementation import (
     Implementation,
+    check_implementation,
     choose_implementation,
     math_dtype,
     require_floating,
     without_autocast,
 )
+from cdas_fast.ops.registration import register
 
 
 def interchange(
@@ -53,25 +63,30 @@ def interchange(
         impl: `auto`, `reference`, `cpp` or `triton`.
 
     Returns:
-        A new tensor of the shape and dtype of `hidden`. The maths is float32 (float64 for float64 input).
+        A new tensor of the shape and dtype of `hidden`. The maths is float32 (float64 for float64 input), autocast or
+        not.
 
-    Gradients reach `hidden`, `source` and `direction`, the latter through both projections.
+    Gradients reach `hidden`, `source` and `direction`, the latter through both projections, once: there is no second
+    derivative. Where the mask is False nothing is read, so `hidden` may hold NaN there; and `source`, if a whole
+    sequence is masked.
 
     Raises:
         InvalidInputError: shapes, dtypes or devices that do not fit.
-        UnsupportedError: an implementation that does not exist.
+        MissingDependencyError: an implementation that is not installed.
     """
     _check_subspace("interchange", hidden, direction, mask, direction_index)
     require_floating("interchange", hidden=hidden, source=source, direction=direction)
     expected = (hidden.shape[0], hidden.shape[-1])
     if tuple(source.shape) != expected:
         raise InvalidInputError(expected_got("interchange: source", f"shape {expected}", tuple(source.shape)))
-    with without_autocast(hidden.device):
-        match choose_implementation("interchange", impl, hidden.device):
-            case "reference":
-                dtype = math_dtype(hidden.dtype)
-                value = _project(source.to(dtype), _rows(direction.to(dtype), direction_index))
-                return _clamp_reference(hidden, value, direction, mask, direction_index)
+    check_implementation("interchange", impl)
+    direction = direction.to(math_dtype(hidden.dtype))
+    if mask is not None:
+        # The source of a sequence without an intervention may hold NaN, which 0 * NaN would bring to the direction.
+        is_read = mask if mask.dim() == 1 else mask.any(1)
+        source = source.masked_fill(~is_read[:, None], 0.0)
+    value = _project(source, direction, direction_index, impl)
+    return _clamp(hidden, value, direction, mask, direction_index, impl)
 
 
 def clamp(
@@ -97,13 +112,15 @@ def clamp(
         impl: `auto`, `reference`, `cpp` or `triton`.
 
     Returns:
-        A new tensor of the shape and dtype of `hidden`. The maths is float32 (float64 for float64 input).
+        A new tensor of the shape and dtype of `hidden`. The maths is float32 (float64 for float64 input), autocast or
+        not.
 
-    Gradients reach `hidden`, `value` and `direction`.
+    Gradients reach `hidden`, `value` and `direction`, once: there is no second derivative. Where the mask is False
+    nothing is read, so `hidden` may hold NaN there.
 
     Raises:
         InvalidInputError: shapes, dtypes or devices that do not fit.
-        UnsupportedError: an implementation that does not exist.
+        MissingDependencyError: an implementation that is not installed.
     """
     _check_subspace("clamp", hidden, direction, mask, direction_index)
     value = torch.as_tensor(value, dtype=math_dtype(hidden.dtype), device=hidden.device)
@@ -112,30 +129,99 @@ def clamp(
     if tuple(value.shape) not in ((), (rank,), (rows, rank)):
         shapes = f"a number, shape ({rank},) or shape ({rows}, {rank})"
         raise InvalidInputError(expected_got("clamp: value", shapes, f"shape {tuple(value.shape)}"))
-    with without_autocast(hidden.device):
-        match choose_implementation("clamp", impl, hidden.device):
-            case "reference":
-                return _clamp_reference(hidden, value.expand(rows, rank), direction, mask, direction_index)
+    check_implementation("clamp", impl)
+    direction = direction.to(math_dtype(hidden.dtype))
+    return _clamp(hidden, value.expand(rows, rank), direction, mask, direction_index, impl)
 
 
-def _clamp_reference(
-    hidden: Tensor,  # (B, T, D) or (N, D)
-    value: Tensor,  # (B, R) or (N, R)
-    direction: Tensor,
-    mask: Tensor | None,
-    direction_index: Tensor | None,
-) -> Tensor:
-    dtype = math_dtype(hidden.dtype)
-    rows = _rows(direction.to(dtype), direction_index)
-    base = hidden.to(dtype)
-    if hidden.dim() == 3:
-        value = value[:, None]
-    # A NaN at a masked position must not reach the gradient of the rows as 0 * NaN.
-    read = base if mask is None else base.masked_fill(~mask[..., None], 0.0)
-    out = base + _expand(value - _project(read, rows), rows)
-    if mask is not None:
-        out = torch.where(mask[..., None], out, base)
-    return out.to(hidden.dtype)
+class Functions(Protocol):
+    """What an implementation consists of. Tensors may have any strides; results are new and contiguous."""
+
+    def clamp_forward(
+        self,
+        hidden: Tensor,  # (B, T, D) or (N, D)
+        value: Tensor,  # (B, R) or (N, R), in the dtype of the maths
+        direction: Tensor,  # (R, D) or (K, R, D), in the dtype of the maths
+        mask: Tensor | None,
+        direction_index: Tensor | None,
+    ) -> Tensor:
+        """Phi(hidden; value), in the dtype of `hidden`."""
+
+    def clamp_backward(
+        self,
+        grad_out: Tensor,  # of the shape and dtype of hidden
+        hidden: Tensor | None,  # given if need_direction, as is value
+        value: Tensor | None,
+        direction: Tensor,
+        mask: Tensor | None,
+        direction_index: Tensor | None,
+        need_hidden: bool,
+        need_value: bool,
+        need_direction: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden, value and direction, each in the dtype of what it belongs to; None where not needed."""
+
+    def project(self, source: Tensor, direction: Tensor, direction_index: Tensor | None) -> Tensor:
+        """W h_source of (B, D) or (N, D), (B, R) or (N, R) in the dtype of `direction`."""
+
+
+class Reference:
+    """The formulas in plain PyTorch."""
+
+    @staticmethod
+    def clamp_forward(
+        hidden: Tensor, value: Tensor, direction: Tensor, mask: Tensor | None, direction_index: Tensor | None
+    ) -> Tensor:
+        """See `Functions`."""
+        rows = _rows(direction, direction_index)
+        base = hidden.to(direction.dtype)
+        if hidden.dim() == 3:
+            value = value[:, None]
+        out = base + _times_rows(value - _times_columns(base, rows), rows)
+        if mask is not None:
+            out = torch.where(mask[..., None], out, base)
+        return out.to(hidden.dtype).contiguous()
+
+    @staticmethod
+    def clamp_backward(
+        grad_out: Tensor,
+        hidden: Tensor | None,
+        value: Tensor | None,
+        direction: Tensor,
+        mask: Tensor | None,
+        direction_index: Tensor | None,
+        need_hidden: bool,
+        need_value: bool,
+        need_direction: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `Functions`."""
+        rows = _rows(direction, direction_index)
+
+        def where_made(tensor: Tensor) -> Tensor:
+            return tensor if mask is None else tensor.masked_fill(~mask[..., None], 0.0)
+
+        gradient = where_made(grad_out).to(direction.dtype)
+        along = _times_columns(gradient, rows)  # W g
+        grad_hidden = grad_value = grad_direction = None
+        if need_hidden:
+            grad_hidden = (grad_out - _times_rows(along, rows)).to(grad_out.dtype).contiguous()
+        if need_value:
+            grad_value = along.sum(1) if along.dim() == 3 else along
+        if need_direction:
+            assert hidden is not None
+            assert value is not None
+            base = where_made(hidden).to(direction.dtype)
+            if hidden.dim() == 3:
+                value = value[:, None]
+            missing = where_made(value - _times_columns(base, rows))  # a - W h
+            grad_direction = _outer(missing, gradient, direction, direction_index)
+            grad_direction -= _outer(along, base, direction, direction_index)
+        return grad_hidden, grad_value, grad_direction
+
+    @staticmethod
+    def project(source: Tensor, direction: Tensor, direction_index: Tensor | None) -> Tensor:
+        """See `Functions`."""
+        return _times_columns(source.to(direction.dtype), _rows(direction, direction_index))
 
 
 def _rows(direction: Tensor, direction_index: Tensor | None) -> Tensor:
@@ -143,20 +229,156 @@ def _rows(direction: Tensor, direction_index: Tensor | None) -> Tensor:
     return direction if direction_index is None else direction.index_select(0, direction_index.long())
 
 
-def _project(activations: Tensor, rows: Tensor) -> Tensor:
+def _times_columns(activations: Tensor, rows: Tensor) -> Tensor:
     """W h: (..., D) -> (..., R)."""
     if rows.dim() == 2:
         return activations @ rows.T
     if activations.dim() == 3:
-        return activations @ rows.transpose(-1, -2)
+        return activations @ rows.mT
     return (rows @ activations[..., None])[..., 0]
 
 
-def _expand(coordinates: Tensor, rows: Tensor) -> Tensor:
+def _times_rows(coordinates: Tensor, rows: Tensor) -> Tensor:
     """W^T a: (..., R) -> (..., D)."""
     if rows.dim() == 2 or coordinates.dim() == 3:
         return coordinates @ rows
     return (coordinates[:, None] @ rows)[:, 0]
+
+
+def _outer(coordinates: Tensor, activations: Tensor, direction: Tensor, direction_index: Tensor | None) -> Tensor:
+    """Sum of a h^T over the positions of each direction: (..., R), (..., D) -> the shape of `direction`."""
+    if direction_index is None:
+        return coordinates.flatten(0, -2).T @ activations.flatten(0, -2)
+    if coordinates.dim() == 2:
+        coordinates, activations = coordinates[:, None], activations[:, None]
+    return torch.zeros_like(direction).index_add_(0, direction_index.long(), coordinates.mT @ activations)
+
+
+def _functions(op: str, impl: str, direction: Tensor) -> Functions:
+    match choose_implementation(op, impl, direction.device, direction.dtype):
+        case "reference":
+            return Reference()
+        case "triton":
+            from cdas_fast.ops import interchange_triton
+
+            return interchange_triton
+        case "cpp":
+            from cdas_fast.ops import interchange_cpp
+
+            return interchange_cpp
+
+
+def _clamp_kernel(
+    hidden: Tensor,
+    value: Tensor,
+    direction: Tensor,
+    mask: Tensor | None,
+    direction_index: Tensor | None,
+    impl: str,
+) -> Tensor:
+    with without_autocast(hidden.device):
+        functions = _functions("clamp", impl, direction)
+        return functions.clamp_forward(hidden, value, direction, mask, direction_index)
+
+
+def _clamp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, value, direction, mask, direction_index, ctx.impl = inputs
+    read = (hidden, value) if ctx.needs_input_grad[2] else (None, None)
+    ctx.save_for_backward(*read, direction, mask, direction_index)
+
+
+def _clamp_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:3]
+    gradients = iter(_clamp_backward_op(grad_out, *ctx.saved_tensors, *needed, ctx.impl))
+    return *(next(gradients) if need else None for need in needed), None, None, None
+
+
+def _clamp_backward_kernel(
+    grad_out: Tensor,
+    hidden: Tensor | None,
+    value: Tensor | None,
+    direction: Tensor,
+    mask: Tensor | None,
+    direction_index: Tensor | None,
+    need_hidden: bool,
+    need_value: bool,
+    need_direction: bool,
+    impl: str,
+) -> list[Tensor]:
+    with without_autocast(grad_out.device):
+        gradients = _functions("clamp", impl, direction).clamp_backward(
+            grad_out, hidden, value, direction, mask, direction_index, need_hidden, need_value, need_direction
+        )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _clamp_backward_fake(
+    grad_out: Tensor,
+    hidden: Tensor | None,
+    value: Tensor | None,
+    direction: Tensor,
+    mask: Tensor | None,
+    direction_index: Tensor | None,
+    need_hidden: bool,
+    need_value: bool,
+    need_direction: bool,
+    impl: str,
+) -> list[Tensor]:
+    gradients = [grad_out.new_empty(grad_out.shape)] if need_hidden else []
+    if need_value:
+        gradients.append(direction.new_empty(grad_out.shape[0], direction.shape[-2]))
+    if need_direction:
+        gradients.append(direction.new_empty(direction.shape))
+    return gradients
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise UnsupportedError("clamp and interchange have no second derivative")
+
+
+def _project_kernel(source: Tensor, direction: Tensor, direction_index: Tensor | None, impl: str) -> Tensor:
+    with without_autocast(source.device):
+        return _functions("interchange", impl, direction).project(source, direction, direction_index)
+
+
+def _project_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    source, direction, direction_index, _ = inputs
+    ctx.save_for_backward(source if ctx.needs_input_grad[1] else None, direction, direction_index)
+    ctx.dtype = source.dtype
+
+
+def _project_backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+    source, direction, direction_index = ctx.saved_tensors
+    grad_source = grad_direction = None
+    with without_autocast(grad_value.device):
+        if ctx.needs_input_grad[0]:
+            grad_source = _times_rows(grad_value, _rows(direction, direction_index)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_direction = _outer(grad_value, source.to(direction.dtype), direction, direction_index)
+    return grad_source, grad_direction, None, None
+
+
+_clamp = register(
+    "clamp(Tensor hidden, Tensor value, Tensor direction, Tensor? mask, Tensor? direction_index, str impl) -> Tensor",
+    _clamp_kernel,
+    fake=lambda hidden, *_: hidden.new_empty(hidden.shape),
+    setup_context=_clamp_setup_context,
+    backward=_clamp_backward,
+)
+_clamp_backward_op = register(
+    "clamp_backward(Tensor grad_out, Tensor? hidden, Tensor? value, Tensor direction, Tensor? mask, "
+    "Tensor? direction_index, bool need_hidden, bool need_value, bool need_direction, str impl) -> Tensor[]",
+    _clamp_backward_kernel,
+    fake=_clamp_backward_fake,
+    backward=_no_second_derivative,
+)
+_project = register(
+    "project(Tensor source, Tensor direction, Tensor? direction_index, str impl) -> Tensor",
+    _project_kernel,
+    fake=lambda source, direction, *_: direction.new_empty(source.shape[0], direction.shape[-2]),
+    setup_context=_project_setup_context,
+    backward=_project_backward,
+)
 
 
 def _check_subspace(
