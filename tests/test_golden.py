@@ -15,6 +15,7 @@ import cdas_fast
 from cdas_fast.cli import main
 from cdas_fast.data.prompts import PromptFormat
 from cdas_fast.data.rows import tokenize_pairs
+from cdas_fast.ops import cpu_library
 
 CASES = {"refusal_L15": "refusal_train", "axbench_L20": "axbench_contrast"}
 
@@ -79,13 +80,14 @@ def test_token_ids(golden: Golden, embedded: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_losses_and_gradients_of_single_pairs(golden: Golden, embedded: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("impl", ["reference", *["cpp"] * cpu_library.available()])
+def test_losses_and_gradients_of_single_pairs(golden: Golden, embedded: tuple[Any, Any], impl: Any) -> None:
     count = golden.tensors["pair_losses"].shape[0]
     gradients: list[Tensor] = []
     result = cdas_fast.train(
         *embedded,
         golden.pairs[:count],
-        golden.config(epochs=1, batch_size=1, learning_rate=0.0),
+        golden.config(epochs=1, batch_size=1, learning_rate=0.0, impl=impl),
         callback=lambda info: gradients.append(info.gradient),
     )
     assert_same_losses(

@@ -1,0 +1,155 @@
+"""The compiled CPU kernels of csrc/: finding and loading the library, and its structures.
+
+It is a plain shared library, called through ctypes: it knows neither Python nor torch, borrows the threads of torch's
+OpenMP runtime, and picks the kernels for the machine's instruction set when it is loaded. The environment variable
+`CDAS_FAST_CPU` names another one (see `instruction_sets`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+
+import torch
+
+from cdas_fast.errors import InvalidInputError, expected_got
+
+ENVIRONMENT_VARIABLE = "CDAS_FAST_CPU"
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DIVERGENCES = {"jsd": 0, "forward_kl": 1, "reverse_kl": 2, "logprob": 3}
+
+
+class Matrix(ctypes.Structure):
+    """`CdasMatrix` of csrc/kernels.h."""
+
+    _fields_ = (("data", c_void_p), ("row_stride", c_int64), ("column_stride", c_int64), ("dtype", c_int32))
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Matrix:
+        """The matrix that a tensor (rows, columns) is."""
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), DTYPES[tensor.dtype])
+
+
+class HeadLoss(ctypes.Structure):
+    """`CdasHeadLoss` of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "vocabulary", "width", "target_width")),
+        *((name, Matrix) for name in ("hidden", "target_hidden", "weight", "target_weight")),
+        *((name, c_void_p) for name in ("bias", "target_bias", "labels", "loss", "gradient", "workspace")),
+        *((name, c_double) for name in ("softcap", "scale", "temperature", "beta")),
+        *((name, c_int32) for name in ("gradient_dtype", "divergence", "threads")),
+    )
+
+
+class Clamp(ctypes.Structure):
+    """`CdasClamp` of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "width", "rank", "concepts", "rows_per_sequence")),
+        *((name, c_void_p) for name in ("hidden", "grad_out")),
+        *((name, c_int64) for name in ("hidden_stride", "grad_out_stride")),
+        *((name, c_void_p) for name in ("direction", "value", "concept_of", "mask", "out", "grad_hidden")),
+        *((name, c_void_p) for name in ("grad_value", "grad_direction", "workspace")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+    )
+
+
+def available() -> bool:
+    """Whether the library was built and can be loaded."""
+    return _file() is not None
+
+
+def why_not() -> str:
+    """What is missing where `available` is False, and what to do about it."""
+    return (
+        "the C++ kernels were not built when cdas_fast was installed, most likely for want of a C++ compiler. "
+        "Install g++ 9 or clang 13, or newer, and reinstall: pip install --force-reinstall --no-deps cdas_fast."
+    )
+
+
+def instruction_set() -> str:
+    """The instruction set whose kernels are in use."""
+    return str(load().cdas_instruction_set().decode())
+
+
+def instruction_sets() -> list[str]:
+    """Those that this build has kernels for and this machine can run, the best first."""
+    names: list[str] = []
+    while (name := load().cdas_supported_instruction_set(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def has_threads() -> bool:
+    """Whether the kernels share the threads of torch; else they run on one."""
+    return _openmp() is not None
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, with the kernels for this machine in use.
+
+    Raises:
+        InvalidInputError: CDAS_FAST_CPU names an instruction set that this machine cannot run.
+    """
+    path = _file()
+    assert path is not None, "choose_implementation has asked"
+    library = ctypes.CDLL(path)
+    for name, restype, argtypes in (
+        ("cdas_use_instruction_set", c_bool, (c_char_p,)),
+        ("cdas_instruction_set", c_char_p, ()),
+        ("cdas_supported_instruction_set", c_char_p, (c_int,)),
+        ("cdas_use_openmp", None, (c_void_p, c_void_p, c_void_p)),
+        ("cdas_use_huge_pages", None, (c_void_p, c_int64)),
+        ("cdas_head_loss_rows", c_int64, (c_int32,)),
+        ("cdas_head_loss_workspace", c_int64, (POINTER(HeadLoss),)),
+        ("cdas_head_loss", None, (POINTER(HeadLoss),)),
+        ("cdas_clamp_workspace", c_int64, (POINTER(Clamp),)),
+        ("cdas_clamp_forward", None, (POINTER(Clamp),)),
+        ("cdas_clamp_backward", None, (POINTER(Clamp),)),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = restype, argtypes
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    library.cdas_use_instruction_set(None)
+    if wanted is not None and not library.cdas_use_instruction_set(wanted.encode()):
+        supported: list[str] = []
+        while (name := library.cdas_supported_instruction_set(len(supported))) is not None:
+            supported.append(name.decode())
+        raise InvalidInputError(expected_got(ENVIRONMENT_VARIABLE, f"one of {', '.join(supported)}", repr(wanted)))
+    openmp = _openmp()
+    if openmp is not None:
+        library.cdas_use_openmp(*openmp)
+    return library
+
+
+def workspace(size: int) -> torch.Tensor:
+    """Uninitialised bytes, aligned for the widest vectors."""
+    return in_huge_pages(torch.empty(size, dtype=torch.uint8))
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, just allocated, whose memory is to come in large pages where the system grants them."""
+    load().cdas_use_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return tensor
+
+
+@functools.cache
+def _file() -> str | None:
+    spec = importlib.util.find_spec("cdas_fast._cpu_kernels")
+    return None if spec is None else spec.origin
+
+
+@functools.cache
+def _openmp() -> tuple[int | None, ...] | None:
+    """Entry points of the OpenMP runtime that torch has loaded, as compiled OpenMP code calls them."""
+    process = ctypes.CDLL(None)
+    try:
+        functions = (process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads)
+    except AttributeError:
+        return None
+    return tuple(ctypes.cast(function, c_void_p).value for function in functions)

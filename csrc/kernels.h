@@ -1,0 +1,65 @@
+// The C interface of the CPU kernels: plain structures and functions, one table of functions for each instruction set.
+//
+// Nothing here needs the headers of Python or of PyTorch, so building takes a C++17 compiler and nothing else, and one
+// library serves every version of both. cdas_fast/ops/cpu_library.py mirrors the structures.
+#pragma once
+
+#include <cstdint>
+
+// Dtypes of tensors. The maths is float64 where hidden is float64, float32 elsewhere.
+enum CdasDtype : int32_t { CDAS_FLOAT32 = 0, CDAS_FLOAT64 = 1, CDAS_BFLOAT16 = 2, CDAS_FLOAT16 = 3 };
+
+enum CdasDivergence : int32_t { CDAS_JSD = 0, CDAS_FORWARD_KL = 1, CDAS_REVERSE_KL = 2, CDAS_LOGPROB = 3 };
+
+struct CdasMatrix {
+  const void* data;
+  int64_t row_stride, column_stride;  // in elements
+  int32_t dtype;
+};
+
+// One chunk of rows of a head loss. z = softcap(scale (W h + b)) / temperature; see linear_head.h.
+struct CdasHeadLoss {
+  int64_t rows, vocabulary, width, target_width;
+  CdasMatrix hidden;         // {rows, width}
+  CdasMatrix target_hidden;  // {rows, target_width}, not for CDAS_LOGPROB
+  CdasMatrix weight;         // {vocabulary, width}
+  CdasMatrix target_weight;  // {vocabulary, target_width}; the data of `weight` if the head is shared
+  const void* bias;          // {vocabulary} in the dtype of the maths, or null
+  const void* target_bias;
+  const int64_t* labels;  // {rows}, -1 where ignored; CDAS_LOGPROB only
+  void* loss;             // {rows} in the dtype of the maths
+  void* gradient;         // {rows, width}, contiguous, or null
+  void* workspace;        // as many bytes as workspace() says, aligned to 64
+  double softcap;         // 0 for none
+  double scale, temperature, beta;
+  int32_t gradient_dtype, divergence, threads;
+};
+
+// The intervention on a subspace, see interchange.h. The rows of a sequence are `rows_per_sequence` neighbours; they share a
+// value and a direction. hidden, grad_out, out and grad_hidden have one dtype, the others that of the maths; all are contiguous
+// but for the row strides of the first two.
+struct CdasClamp {
+  int64_t rows, width, rank, concepts, rows_per_sequence;
+  const void* hidden;         // {rows, width}
+  const void* grad_out;       // {rows, width}, backward only
+  int64_t hidden_stride, grad_out_stride;
+  const void* direction;      // {concepts, rank, width}
+  const void* value;          // {sequences, rank}
+  const int64_t* concept_of;  // {sequences}, or null for one direction
+  const uint8_t* mask;        // {rows}, 0 where nothing is done, or null
+  void* out;                  // {rows, width}, forward only
+  void* grad_hidden;          // {rows, width}, or null
+  void* grad_value;           // {sequences, rank}, or null
+  void* grad_direction;       // {concepts, rank, width}, or null
+  void* workspace;            // as many bytes as clamp_workspace() says, aligned to 64; backward only
+  int32_t dtype, threads;
+};
+
+struct CdasKernels {
+  int64_t (*head_loss_rows)(int32_t dtype);  // rows that are done as one; fewer are best a multiple of a quarter of them
+  int64_t (*head_loss_workspace)(const CdasHeadLoss*);
+  void (*head_loss)(const CdasHeadLoss*);
+  int64_t (*clamp_workspace)(const CdasClamp*);
+  void (*clamp_forward)(const CdasClamp*);
+  void (*clamp_backward)(const CdasClamp*);
+};

@@ -1,0 +1,48 @@
+// Threads, borrowed from the OpenMP runtime that PyTorch has loaded: a second pool would fight the first for the cores.
+//
+// The library is not linked to any OpenMP runtime. `cdas_use_openmp` receives the entry points of the one in the process:
+// GOMP_parallel is what compiled OpenMP code calls, in GNU's runtime and, for compatibility, in LLVM's and Intel's.
+#pragma once
+
+#include <cstdint>
+
+namespace cdas {
+
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+};
+extern OpenMP openmp;
+
+// Calls body(part) for every part in [0, parts), on at most that many threads. What a part computes depends on its number
+// alone, so a team smaller than asked for gives the same result.
+template <typename Body> static void parallel(int64_t parts, const Body& body) {
+  if (parts <= 1 || openmp.parallel == nullptr) {
+    for (int64_t part = 0; part < parts; ++part) body(part);
+    return;
+  }
+  struct Context {
+    const Body* body;
+    int64_t parts;
+  } context{&body, parts};
+  openmp.parallel(
+      [](void* data) {
+        const auto* c = static_cast<Context*>(data);
+        for (int64_t part = openmp.thread_num(); part < c->parts; part += openmp.num_threads()) (*c->body)(part);
+      },
+      &context, static_cast<unsigned>(parts), 0);
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The part-th of `parts` nearly equal ranges of [0, count), each but the last a multiple of `grain` long.
+static inline Range share(int64_t count, int64_t part, int64_t parts, int64_t grain = 1) {
+  const int64_t blocks = (count + grain - 1) / grain;
+  const int64_t begin = blocks * part / parts * grain, end = blocks * (part + 1) / parts * grain;
+  return {begin, end < count ? end : count};
+}
+
+}  // namespace cdas
