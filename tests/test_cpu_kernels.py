@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ if not cpu_library.available():
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 SETS = cpu_library.instruction_sets()
-DIVERGENCES = {
+DIVERGENCES: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "jsd": (linear_jsd, {}),
     "jsd_beta": (linear_jsd, {"beta": 0.2}),
     "forward_kl": (linear_kl, {"direction": "forward"}),

@@ -445,7 +445,12 @@ def test_activations_are_kept_for_the_gradient_of_the_direction_alone(
     case = make_case()
     case.tensors()[trained].requires_grad_()
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function(case)
     assert sum(tensor.shape == case.hidden.shape for tensor in saved) == kept
 
