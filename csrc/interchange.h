@@ -84,7 +84,7 @@ template <typename Storage> class Clamp {
   explicit Clamp(const CdasClamp& args) : a(args) {
     threads = a.threads > 1 ? a.threads : 1;
     const int64_t matrix = a.concepts * a.rank * a.width;
-    parts = threads;
+    parts = threads > 1 ? threads * cdas::kPartsPerThread : 1;
     if (a.grad_direction && parts * matrix * int64_t(sizeof(T)) > kPartialBytes)
       parts = kPartialBytes / (matrix * int64_t(sizeof(T)));
     if (parts < 1) parts = 1;
@@ -103,7 +103,7 @@ template <typename Storage> class Clamp {
   int64_t workspace() const { return bytes; }
 
   void forward() const {
-    cdas::parallel(parts, [&](int64_t part) {
+    cdas::parallel(parts, threads, [&](int64_t part) {
       T* const change = scratch + part * 2 * kBlock * a.rank;
       for_blocks(
           part,
@@ -122,10 +122,10 @@ template <typename Storage> class Clamp {
   }
 
   void backward() const {
-    cdas::parallel(parts, [&](int64_t part) { backward_rows(part); });
+    cdas::parallel(parts, threads, [&](int64_t part) { backward_rows(part); });
     if (a.grad_value) {
       const int64_t sequences = a.rows / a.rows_per_sequence;
-      cdas::parallel(threads, [&](int64_t part) {
+      cdas::parallel(threads, threads, [&](int64_t part) {
         const cdas::Range range = cdas::share(sequences, part, threads);
         for (int64_t s = range.begin; s < range.end; ++s)
           for (int64_t r = 0; r < a.rank; ++r) {
@@ -137,7 +137,7 @@ template <typename Storage> class Clamp {
     }
     if (a.grad_direction) {
       const int64_t matrix = a.concepts * a.rank * a.width;
-      cdas::parallel(threads, [&](int64_t part) {
+      cdas::parallel(threads, threads, [&](int64_t part) {
         const cdas::Range range = cdas::share(matrix, part, threads);
         for (int64_t i = range.begin; i < range.end; ++i) {
           T sum = 0;

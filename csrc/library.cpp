@@ -82,11 +82,8 @@ const char* cdas_supported_instruction_set(int index) {
   return nullptr;
 }
 
-void cdas_use_openmp(void* parallel, void* thread_num, void* num_threads) {
-  cdas::openmp.parallel = reinterpret_cast<decltype(cdas::openmp.parallel)>(parallel);
-  cdas::openmp.thread_num = reinterpret_cast<decltype(cdas::openmp.thread_num)>(thread_num);
-  cdas::openmp.num_threads = reinterpret_cast<decltype(cdas::openmp.num_threads)>(num_threads);
-}
+// Takes GOMP_parallel, or null for one thread.
+void cdas_use_openmp(void* parallel) { cdas::openmp.parallel = reinterpret_cast<decltype(cdas::openmp.parallel)>(parallel); }
 
 // Asks for pages of 2 MiB under memory that is about to be written: the first touch of 16 MiB costs 8 faults, not 4096.
 void cdas_use_huge_pages(void* data, int64_t bytes) {

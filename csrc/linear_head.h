@@ -7,12 +7,13 @@
 //     reverse_kl   KL(p || q)       dloss/dz_v = -p_v (d_v + KL(p || q))
 //     logprob      log p(label)     dloss/dz_v = [v is the label] - p_v
 //
-// Three sweeps over the vocabulary, each shared out among the threads:
+// Three sweeps over the vocabulary, each in parts that the threads take in turn:
 // 1. logits     a tile of the head times the panels of both passes; while the tile of logits is in the cache: bias, scale,
 //               softcap, temperature, running maximum and sum of exponentials
 // 2. loss       the divergence and, where the gradient needs it, KL(p || .)
 // 3. gradient   the gradient of a tile of logits, which meets the same tile of the head at once and is never stored whole
-// What the threads found is combined in the order of their numbers: a result depends on how many there are, on nothing else.
+// What the parts found is combined in the order of their numbers: a result depends on how many parts there are, a multiple
+// of the number of threads, and on nothing else.
 #pragma once
 
 #include <cmath>
@@ -58,6 +59,7 @@ template <typename T> class HeadLoss {
     const int64_t widths[2] = {a.width, a.target_width};
     panels = (a.rows + kPanelRows - 1) / kPanelRows;
     threads = a.threads > 1 ? a.threads : 1;
+    parts = threads > 1 ? threads * cdas::kPartsPerThread : 1;
     char* next = static_cast<char*>(a.workspace);
     const auto take = [&](int64_t count) {
       T* const p = reinterpret_cast<T*>(next);
@@ -72,12 +74,12 @@ template <typename T> class HeadLoss {
                  take(panels * depth * kPanelRows)};
     }
     one_sweep = heads == 2 && a.weight.data == a.target_weight.data && head[0].pairs == head[1].pairs;
-    partial = take(threads * panels * kPartials * kPanelRows);
+    partial = take(parts * panels * kPartials * kPanelRows);
     statistics = take(panels * kStatistics * kPanelRows);
-    tile = take(threads * kTileSize);
-    // The threads' own gradients take at most as much as the logits.
+    tile = take(parts * kTileSize);
+    // The parts' own gradients take at most as much as the logits.
     gradient_parts = heads * a.vocabulary / a.width;
-    if (gradient_parts > threads) gradient_parts = threads;
+    if (gradient_parts > parts) gradient_parts = parts;
     if (gradient_parts < 1) gradient_parts = 1;
     gradients = a.gradient ? take(gradient_parts * panels * a.width * kPanelRows) : nullptr;
     slopes = a.gradient ? take(gradient_parts * panels * kGradientTile * kPanelRows) : nullptr;
@@ -122,7 +124,7 @@ template <typename T> class HeadLoss {
   // What all parts need of a row: maximum and logarithm of the sum, of each head; KL(p || .).
   enum { kLogSum = 1, kRowKL = 4, kStatistics = 5 };
 
-  template <typename Body> void parallel(const Body& body) const { cdas::parallel(threads, body); }
+  template <typename Body> void parallel(const Body& body) const { cdas::parallel(parts, threads, body); }
 
   // Calls body(panel, number of vectors as a constant): a last panel of few rows has fewer.
   template <typename Body> CDAS_INLINE void for_panels(const Body& body) const {
@@ -155,7 +157,7 @@ template <typename T> class HeadLoss {
   void pack_activations(int64_t part) const {
     for (int h = 0; h < heads; ++h) {
       const Head& m = head[h];
-      const cdas::Range range = cdas::share(a.rows, part, threads);
+      const cdas::Range range = cdas::share(a.rows, part, parts);
       for (int64_t row = range.begin; row < range.end; ++row) pack_row(m, row);
       if (part == 0)  // the lanes beyond the last row
         for (int64_t row = a.rows; row < (panels - 1) * kPanelRows + panel_rows(panels - 1); ++row) pack_row(m, row);
@@ -206,7 +208,7 @@ template <typename T> class HeadLoss {
   template <typename Product> void logits_of(int64_t part, int first, int last) const {
     const Head& m = head[first];
     const int64_t blocks = (m.depth + kDepthBlock - 1) / kDepthBlock, block = (m.depth + blocks - 1) / blocks;
-    const cdas::Range range = cdas::share(a.vocabulary, part, threads, kLogitsTile);
+    const cdas::Range range = cdas::share(a.vocabulary, part, parts, kLogitsTile);
     for (int64_t v = range.begin; v < range.end; v += kLogitsTile) {
       const int64_t count = range.end - v < kLogitsTile ? range.end - v : kLogitsTile;
       for (int64_t k = 0; k < m.depth; k += block) {
@@ -307,11 +309,11 @@ template <typename T> class HeadLoss {
       const int64_t panel = row / kPanelRows, lane = row % kPanelRows;
       for (int h = 0; h < heads; ++h) {
         double most = double(kFloor), sum = 0;
-        for (int64_t part = 0; part < threads; ++part) {
+        for (int64_t part = 0; part < parts; ++part) {
           const double found = double(of_part(part, panel, 2 * h + kMax)[lane]);
           if (found > most) most = found;
         }
-        for (int64_t part = 0; part < threads; ++part)
+        for (int64_t part = 0; part < parts; ++part)
           sum += double(of_part(part, panel, 2 * h + kSum)[lane]) *
                  std::exp(double(of_part(part, panel, 2 * h + kMax)[lane]) - most);
         of_panel(panel, 2 * h + kMax)[lane] = T(most);
@@ -336,10 +338,10 @@ template <typename T> class HeadLoss {
     if constexpr (KIND != CDAS_LOGPROB)
       if (kLossFirst || !a.gradient) {
         parallel([&](int64_t part) { make_loss<KIND, HALF>(part); });
-        combine_loss<KIND>(threads);
+        combine_loss<KIND>(parts);
       }
     if (!a.gradient) return;
-    cdas::parallel(gradient_parts, [&](int64_t part) { make_gradient<KIND, HALF>(part); });
+    cdas::parallel(gradient_parts, threads, [&](int64_t part) { make_gradient<KIND, HALF>(part); });
     if (KIND == CDAS_FORWARD_KL) combine_loss<KIND>(gradient_parts);
     parallel([&](int64_t part) { write_gradient(part); });
   }
@@ -382,7 +384,7 @@ template <typename T> class HeadLoss {
   static CDAS_INLINE Vec<T> relative_entropy(Vec<T> x, Vec<T> y, Vec<T> log_ratio) { return x * (log_ratio - T(1)) + y; }
 
   template <CdasDivergence KIND, bool HALF> void make_loss(int64_t part) const {
-    const cdas::Range range = cdas::share(a.vocabulary, part, threads, kGradientTile);
+    const cdas::Range range = cdas::share(a.vocabulary, part, parts, kGradientTile);
     const T beta = T(a.beta), rest = T(1 - a.beta);
     for_panels([&](int64_t panel, auto vectors) {
       constexpr int kLine = decltype(vectors)::value * L;
@@ -426,11 +428,11 @@ template <typename T> class HeadLoss {
     });
   }
 
-  template <CdasDivergence KIND> void combine_loss(int64_t parts) const {
+  template <CdasDivergence KIND> void combine_loss(int64_t count) const {
     for (int64_t row = 0; row < a.rows; ++row) {
       const int64_t panel = row / kPanelRows, lane = row % kPanelRows;
       double loss = 0, kl = 0;
-      for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t part = 0; part < count; ++part) {
         loss += double(of_part(part, panel, kLoss)[lane]);
         kl += double(of_part(part, panel, kKL)[lane]);
       }
@@ -568,7 +570,7 @@ template <typename T> class HeadLoss {
   void write_gradient(int64_t part) const {
     constexpr int kColumns = 16;
     const T factor = T(a.scale / a.temperature);
-    const cdas::Range range = cdas::share(a.width, part, threads, kColumns);
+    const cdas::Range range = cdas::share(a.width, part, parts, kColumns);
     T block[kColumns][kPanelRows], line[kColumns];
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t lanes = panel_rows(panel);
@@ -592,7 +594,7 @@ template <typename T> class HeadLoss {
   const CdasHeadLoss& a;
   int heads;
   bool one_sweep;  // both heads are one: its rows are read once for both
-  int64_t panels, threads, gradient_parts, bytes;
+  int64_t panels, threads, parts, gradient_parts, bytes;
   Head head[2] = {};
   T *partial, *statistics, *gradients, *tile, *slopes;
 };

@@ -1,6 +1,6 @@
 // Threads, borrowed from the OpenMP runtime that PyTorch has loaded: a second pool would fight the first for the cores.
 //
-// The library is not linked to any OpenMP runtime. `cdas_use_openmp` receives the entry points of the one in the process:
+// The library is not linked to any OpenMP runtime. `cdas_use_openmp` receives the entry point of the one in the process:
 // GOMP_parallel is what compiled OpenMP code calls, in GNU's runtime and, for compatibility, in LLVM's and Intel's.
 #pragma once
 
@@ -10,28 +10,33 @@ namespace cdas {
 
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
-  int (*thread_num)() = nullptr;
-  int (*num_threads)() = nullptr;
 };
 extern OpenMP openmp;
 
-// Calls body(part) for every part in [0, parts), on at most that many threads. What a part computes depends on its number
-// alone, so a team smaller than asked for gives the same result.
-template <typename Body> static void parallel(int64_t parts, const Body& body) {
-  if (parts <= 1 || openmp.parallel == nullptr) {
+constexpr int64_t kPartsPerThread = 4;  // so that a thread that is held up leaves parts to the others
+
+// Calls body(part) for every part in [0, parts) on at most `threads` threads, each taking the next part when it is done with
+// one. What a part computes depends on its number alone: which thread takes it, and how many there are, changes nothing.
+template <typename Body> static void parallel(int64_t parts, int64_t threads, const Body& body) {
+  if (threads > parts) threads = parts;
+  if (threads <= 1 || openmp.parallel == nullptr) {
     for (int64_t part = 0; part < parts; ++part) body(part);
     return;
   }
   struct Context {
     const Body* body;
-    int64_t parts;
-  } context{&body, parts};
+    int64_t parts, next;
+  } context{&body, parts, 0};
   openmp.parallel(
       [](void* data) {
-        const auto* c = static_cast<Context*>(data);
-        for (int64_t part = openmp.thread_num(); part < c->parts; part += openmp.num_threads()) (*c->body)(part);
+        auto* c = static_cast<Context*>(data);
+        for (;;) {
+          const int64_t part = __atomic_fetch_add(&c->next, 1, __ATOMIC_RELAXED);
+          if (part >= c->parts) return;
+          (*c->body)(part);
+        }
       },
-      &context, static_cast<unsigned>(parts), 0);
+      &context, static_cast<unsigned>(threads), 0);
 }
 
 struct Range {

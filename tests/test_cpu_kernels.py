@@ -345,13 +345,13 @@ def test_without_an_openmp_runtime_one_thread_does_it() -> None:
     torch.set_num_threads(3)
     expected = run(case)
     library = cpu_library.load()
-    library.cdas_use_openmp(None, None, None)
+    library.cdas_use_openmp(None)
     try:
         assert torch.equal(run(case), expected), (
             "what a thread does depends on how many were asked for, not on how many came"
         )
     finally:
-        library.cdas_use_openmp(*(cpu_library._openmp() or ()))
+        library.cdas_use_openmp(cpu_library._openmp())
 
 
 def test_several_python_threads_at_once() -> None:

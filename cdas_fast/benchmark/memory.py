@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import cdas_fast
+from cdas_fast.ops import cpu_library
 
 _PROC = Path("/proc/self")
 
@@ -55,6 +56,7 @@ def peak_on_cpu(call: Callable[[], object]) -> int:
     Raises:
         PeakUnknownError: the system has no such count, or does not let this process set it back.
     """
+    cpu_library.release_workspace()  # what an earlier call has kept for this one is this one's need
     gc.collect()
     _return_freed_memory()
     try:

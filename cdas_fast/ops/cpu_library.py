@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import threading
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 
 import torch
@@ -18,6 +19,8 @@ import torch
 from cdas_fast.errors import InvalidInputError, expected_got
 
 ENVIRONMENT_VARIABLE = "CDAS_FAST_CPU"
+KEPT_BYTES = 128 * 2**20
+_kept = threading.local()
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 DIVERGENCES = {"jsd": 0, "forward_kl": 1, "reverse_kl": 2, "logprob": 3}
 
@@ -103,7 +106,7 @@ def load() -> ctypes.CDLL:
         ("cdas_use_instruction_set", c_bool, (c_char_p,)),
         ("cdas_instruction_set", c_char_p, ()),
         ("cdas_supported_instruction_set", c_char_p, (c_int,)),
-        ("cdas_use_openmp", None, (c_void_p, c_void_p, c_void_p)),
+        ("cdas_use_openmp", None, (c_void_p,)),
         ("cdas_use_huge_pages", None, (c_void_p, c_int64)),
         ("cdas_head_loss_rows", c_int64, (c_int32,)),
         ("cdas_head_loss_workspace", c_int64, (POINTER(HeadLoss),)),
@@ -121,15 +124,29 @@ def load() -> ctypes.CDLL:
         while (name := library.cdas_supported_instruction_set(len(supported))) is not None:
             supported.append(name.decode())
         raise InvalidInputError(expected_got(ENVIRONMENT_VARIABLE, f"one of {', '.join(supported)}", repr(wanted)))
-    openmp = _openmp()
-    if openmp is not None:
-        library.cdas_use_openmp(*openmp)
+    library.cdas_use_openmp(_openmp())
     return library
 
 
 def workspace(size: int) -> torch.Tensor:
-    """Uninitialised bytes, aligned for the widest vectors."""
-    return in_huge_pages(torch.empty(size, dtype=torch.uint8))
+    """At least `size` uninitialised bytes, aligned for the widest vectors, for one call of this thread.
+
+    They are kept for the next call (see `release_workspace`): to get 64 MiB from the system anew, page by page, costs a
+    call of `linear_jsd` some percent of its time. More than `KEPT_BYTES` are not kept.
+    """
+    kept: torch.Tensor | None = getattr(_kept, "workspace", None)
+    if kept is not None and kept.numel() >= size:
+        return kept
+    _kept.workspace = None  # before there are two
+    new = in_huge_pages(torch.empty(size, dtype=torch.uint8))
+    if size <= KEPT_BYTES:
+        _kept.workspace = new
+    return new
+
+
+def release_workspace() -> None:
+    """Give the memory that this thread keeps for the next call back."""
+    _kept.workspace = None
 
 
 def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,11 +162,9 @@ def _file() -> str | None:
 
 
 @functools.cache
-def _openmp() -> tuple[int | None, ...] | None:
-    """Entry points of the OpenMP runtime that torch has loaded, as compiled OpenMP code calls them."""
-    process = ctypes.CDLL(None)
+def _openmp() -> int | None:
+    """The entry point of the OpenMP runtime that torch has loaded, as compiled OpenMP code calls it."""
     try:
-        functions = (process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads)
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
     except AttributeError:
         return None
-    return tuple(ctypes.cast(function, c_void_p).value for function in functions)
