@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from triton_worker import worker
 
 import cdas_fast
 from cdas_fast.cli import main
@@ -95,6 +96,28 @@ def test_losses_and_gradients_of_single_pairs(golden: Golden, embedded: tuple[An
     )
     assert_same_vectors(torch.cat(gradients), golden.tensors["pair_grads"])
     torch.testing.assert_close(result.vector.direction, golden.tensors["w0"], rtol=0, atol=1e-6)
+
+
+def first_pair_by_triton(shared: Path) -> tuple[list[float], Tensor]:
+    """Losses and gradient of the first pair of the refusal data, by kernels that are interpreted."""
+    golden = Golden(shared, "refusal_L15")
+    gradients: list[Tensor] = []
+    result = cdas_fast.train(
+        *cdas_fast.load_model("smollm2-135m", dtype=torch.float32, device="cpu"),
+        golden.pairs[:1],
+        golden.config(epochs=1, batch_size=1, learning_rate=0.0, impl="triton"),
+        callback=lambda info: gradients.append(info.gradient),
+    )
+    return list(result.history[0].minibatch_losses), gradients[0]
+
+
+@pytest.mark.slow
+def test_a_pair_by_the_interpreted_triton_kernels(shared: Path, embedded: tuple[Any, Any]) -> None:
+    tensors = Golden(shared, "refusal_L15").tensors
+    with worker(interpret=True) as interpreter:
+        losses, gradient = interpreter.call("test_golden:first_pair_by_triton", shared)["return"]
+    assert_same_losses(torch.tensor(losses), tensors["pair_losses"][0])
+    assert_same_vectors(gradient, tensors["pair_grads"][:1])
 
 
 @pytest.mark.slow
