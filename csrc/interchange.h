@@ -84,7 +84,7 @@ template <typename Storage> class Clamp {
   explicit Clamp(const CdasClamp& args) : a(args) {
     threads = a.threads > 1 ? a.threads : 1;
     const int64_t matrix = a.concepts * a.rank * a.width;
-    parts = threads > 1 ? threads * cdas::kPartsPerThread : 1;
+    parts = a.rows / kPartRows < kMostParts ? a.rows / kPartRows : kMostParts;
     if (a.grad_direction && parts * matrix * int64_t(sizeof(T)) > kPartialBytes)
       parts = kPartialBytes / (matrix * int64_t(sizeof(T)));
     if (parts < 1) parts = 1;
@@ -149,7 +149,8 @@ template <typename Storage> class Clamp {
   }
 
  private:
-  static constexpr int64_t kPartialBytes = 32 << 20;  // of the directions' gradients, of all threads together
+  static constexpr int64_t kPartRows = 128, kMostParts = 64;  // by the shapes alone: so is the result, to the bit
+  static constexpr int64_t kPartialBytes = 32 << 20;  // of the directions' gradients, of all parts together
   template <int N> struct Constant {
     static constexpr int value = N;
   };

@@ -12,8 +12,8 @@
 //               softcap, temperature, running maximum and sum of exponentials
 // 2. loss       the divergence and, where the gradient needs it, KL(p || .)
 // 3. gradient   the gradient of a tile of logits, which meets the same tile of the head at once and is never stored whole
-// What the parts found is combined in the order of their numbers: a result depends on how many parts there are, a multiple
-// of the number of threads, and on nothing else.
+// What the parts found is combined in the order of their numbers. How many there are depends on the shapes alone, so that a
+// result is the same to the bit whatever the number of threads.
 #pragma once
 
 #include <cmath>
@@ -59,7 +59,7 @@ template <typename T> class HeadLoss {
     const int64_t widths[2] = {a.width, a.target_width};
     panels = (a.rows + kPanelRows - 1) / kPanelRows;
     threads = a.threads > 1 ? a.threads : 1;
-    parts = threads > 1 ? threads * cdas::kPartsPerThread : 1;
+    parts = share_of(a.vocabulary, kPartEntries, kMostParts);
     char* next = static_cast<char*>(a.workspace);
     const auto take = [&](int64_t count) {
       T* const p = reinterpret_cast<T*>(next);
@@ -77,10 +77,8 @@ template <typename T> class HeadLoss {
     partial = take(parts * panels * kPartials * kPanelRows);
     statistics = take(panels * kStatistics * kPanelRows);
     tile = take(parts * kTileSize);
-    // The parts' own gradients take at most as much as the logits.
-    gradient_parts = heads * a.vocabulary / a.width;
-    if (gradient_parts > parts) gradient_parts = parts;
-    if (gradient_parts < 1) gradient_parts = 1;
+    // The parts' own gradients take at most half as much as the logits.
+    gradient_parts = share_of(heads * a.vocabulary, 2 * a.width, parts);
     gradients = a.gradient ? take(gradient_parts * panels * a.width * kPanelRows) : nullptr;
     slopes = a.gradient ? take(gradient_parts * panels * kGradientTile * kPanelRows) : nullptr;
     bytes = next - static_cast<char*>(a.workspace);
@@ -105,10 +103,18 @@ template <typename T> class HeadLoss {
   static constexpr int kDepthBlock = 384;     // steps of a panel at most: with 64 lanes 96 KiB
   static constexpr int kGradientDepth = 96;   // steps of a tile of gradients of logits: with 64 lanes 24 KiB
   static constexpr int kWidthBlock = 512;     // columns of the head: with 96 steps 192 KiB
+  static constexpr int64_t kPartEntries = 2048;  // of the vocabulary, at least, in a part
+  static constexpr int64_t kMostParts = 64;
   static constexpr int kGradientTile = 2 * kGradientDepth;
   static constexpr int64_t kTileSize = kGradientDepth * kWidthBlock;  // the larger of the two kinds of tile of the head
   static_assert(kTileSize >= kLogitsTile * kDepthBlock);
   static constexpr T kFloor = T(-1e30);  // stands for log 0 where a bias forbids an entry: differences stay finite
+
+  // How many shares of `size` there are in `count`, at least 1 and at most `most`.
+  static int64_t share_of(int64_t count, int64_t size, int64_t most) {
+    const int64_t shares = count / size;
+    return shares < 1 ? 1 : shares < most ? shares : most;
+  }
 
   struct Head {
     CdasMatrix hidden, weight;

@@ -13,8 +13,6 @@ struct OpenMP {
 };
 extern OpenMP openmp;
 
-constexpr int64_t kPartsPerThread = 4;  // so that a thread that is held up leaves parts to the others
-
 // Calls body(part) for every part in [0, parts) on at most `threads` threads, each taking the next part when it is done with
 // one. What a part computes depends on its number alone: which thread takes it, and how many there are, changes nothing.
 template <typename Body> static void parallel(int64_t parts, int64_t threads, const Body& body) {

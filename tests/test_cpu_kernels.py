@@ -306,33 +306,29 @@ def test_bfloat16_value_of_a_small_divergence_is_right_to_a_thousandth() -> None
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_threads_change_nothing_but_rounding(kind: str) -> None:
+def test_threads_change_not_a_bit(kind: str) -> None:
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        case = make_case(kind, (70, 40, 1500), torch.float32)
+        case = make_case(kind, (70, 40, 15000), torch.float32)
         loss = run(case)
-        (gradient,) = gradients(loss, case.hidden)
-        again = make_case(kind, (70, 40, 1500), torch.float32)
-        assert torch.equal(run(again), loss), "the same number of threads gives the same result"
-        assert torch.equal(gradients(run(again), again.hidden)[0], gradient)
-        results.append((loss.detach(), gradient))
+        results.append((loss.detach(), gradients(loss, case.hidden)[0]))
     for loss, gradient in results[1:]:
-        torch.testing.assert_close(loss, results[0][0], rtol=2e-6, atol=1e-7)
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-6)
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
 
 
-def test_threads_change_nothing_in_the_intervention() -> None:
-    hidden = torch.randn(3, 50, 40, generator=torch.Generator().manual_seed(0))
+def test_threads_change_not_a_bit_of_the_intervention() -> None:
+    hidden = torch.randn(3, 500, 40, generator=torch.Generator().manual_seed(0))
     direction = torch.randn(5, 2, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
     results = []
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
         out = interchange(hidden, hidden[:, 0], direction, direction_index=torch.tensor([4, 0, 4]), impl="cpp")
-        results.append((out.detach(), torch.autograd.grad(out.square().sum(), direction)[0]))
+        results.append((out.detach(), torch.autograd.grad((out * hidden).sum(), direction)[0]))
     for out, gradient in results[1:]:
         assert torch.equal(out, results[0][0])
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-4)
+        assert torch.equal(gradient, results[0][1])
     assert not results[0][1][1:4].any(), "concepts that no sequence has"
 
 
@@ -365,9 +361,7 @@ def test_several_python_threads_at_once() -> None:
     for worker in workers:
         worker.join()
     assert len(found) == 4
-    # A thread that Python starts may have another number of OpenMP threads.
-    for loss in found:
-        torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-7)
+    assert all(torch.equal(loss, expected) for loss in found)
 
 
 # Bounds on memory

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import save_file
 from tiny_runs import PAIRS, tiny_run
 
@@ -26,10 +25,7 @@ SETTINGS: dict[str, Any] = {"checkpoint_every": 2, "rank": 2}
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was left in peace."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the tests themselves: the last bits depend on it
     tiny_run(output_dir=folder, **SETTINGS)
-    torch.set_num_threads(threads)
     return folder
 
 

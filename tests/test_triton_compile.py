@@ -54,12 +54,16 @@ def test_fits_the_gpu(architecture: str, call: str, compiler: Worker) -> None:
 
 
 @architectures
-def test_memory_is_read_16_bytes_at_a_time(architecture: str, compiler: Worker) -> None:
-    wide = r"_load_dwordx4\b" if architecture.startswith("gfx") else r"\bld\.global[\w.]*\.v4\.b32\b"
+def test_memory_is_read_and_written_many_bytes_at_a_time(architecture: str, compiler: Worker) -> None:
+    """Which takes alignment that the compiler can see: of rows, of what splits begin with, of masks."""
+    read_16_bytes, write_2_bytes = r"\bld\.global[\w.]*\.v4\.b32\b", r"\bst\.global[\w.]*\.b16\b"
+    if architecture.startswith("gfx"):
+        read_16_bytes, write_2_bytes = r"_load_dwordx4\b", r"_store_short"
     for call in IN_FLOAT32:
         for kernel in compiled(compiler, architecture, call):
             if kernel.kernel not in ("_divergence_kernel", "_label_kernel"):  # which read a few numbers
-                assert re.search(wide, kernel.assembly), (call, kernel.kernel)
+                assert re.search(read_16_bytes, kernel.assembly), (call, kernel.kernel)
+                assert not re.search(write_2_bytes, kernel.assembly), (call, kernel.kernel)
 
 
 @architectures

@@ -324,14 +324,14 @@ def test_rows_may_lie_apart(concepts: int | None, stride: int, kernels: Worker) 
     assert all(torch.equal(given[name], each) for name, each in zip(GRADIENTS, case.backward(kernels), strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 def test_strided_and_small_indices_and_values(dtype: torch.dtype, kernels: Worker) -> None:
     case = make_case(concepts=2)
     index = case.place["direction_index"]
     other = replace(
         case,
         value=case.value[0].expand(3, 3),
-        place={**case.place, "direction_index": torch.stack([index, index], 1)[:, 0].to(dtype)},
+        place={**case.place, "direction_index": torch.stack([index, 1 - index], 1).to(dtype)[:, 0]},
     )
     case.value = case.value[0].repeat(3, 1)
     assert torch.equal(other.forward(kernels), case.forward(kernels))

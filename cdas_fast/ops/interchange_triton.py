@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cdas_fast.kernels import interchange as kernels
+import cdas_fast.kernels.interchange as kernels
 
 
 def clamp_forward(

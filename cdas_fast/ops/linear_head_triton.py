@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cdas_fast.kernels import linear_head as kernels
+import cdas_fast.kernels.linear_head as kernels
 from cdas_fast.ops.head_gemm import head_logits, times_head
 from cdas_fast.ops.implementation import math_dtype
 
