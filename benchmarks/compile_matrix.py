@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Compiled:
     counted_on: int  # programs, that a launcher splits the work for; 0 if it does not
     occupancy: float  # of the multiprocessor's warps
     assembly: str
+    key: str = field(compare=False)  # of triton's cache: kernels of another key are compiled again
 
 
 def head(
@@ -193,8 +194,8 @@ def _examine(name: str, compiled: Any, num_warps: int, counted_on: int, part: Pa
         # Each of the 4 SIMDs of a compute unit has 512 registers for its waves, handed out 8 at a time.
         warps = 4 * (512 // (-(-registers // 8) * 8))
     programs = min(part.programs, min(warps, part.warps) // num_warps, part.shared // max(shared, 1))
-    occupancy = programs * num_warps / part.warps
-    return Compiled(name, num_warps, registers, spilled, shared, programs, counted_on, occupancy, assembly)
+    usage = (registers, spilled, shared, programs, counted_on, programs * num_warps / part.warps)
+    return Compiled(name, num_warps, *usage, assembly, compiled.metadata.hash)
 
 
 def _cubin_usage(cubin: bytes) -> dict[str, int]:

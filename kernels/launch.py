@@ -133,7 +133,7 @@ def _architecture(index: int) -> Architecture:
     name = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip:
         name = properties.gcnArchName.partition(":")[0]
-    return Architecture(name, properties.warp_size, properties.multi_processor_count)
+    return Architecture(name, 64 if name.startswith("gfx9") else 32, properties.multi_processor_count)
 
 
 def run(

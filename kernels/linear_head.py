@@ -547,9 +547,9 @@ def logprob_rows(
     """
     _check(logits, loss, grad_logits)
     bias = _bias("bias", bias, logits)
-    if labels.shape != loss.shape or labels.dtype not in (torch.int32, torch.int64) or not labels.is_contiguous():
-        wanted = f"contiguous int32 or int64 of shape {tuple(loss.shape)}"
-        raise ValueError(f"labels: expected {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"labels: expected int32 or int64, got {labels.dtype}")
+    launch.check("labels", labels, (logits.shape[0],), logits, contiguous=True)
     rows, vocabulary = logits.shape
     if rows == 0:
         return
@@ -571,10 +571,9 @@ def logprob_rows(
     run(parameters or _parameters("logprob_rows", logits, grad_logits, run), grad_logits)
 
 
-def workspace_numel(rows: int, vocabulary: int, device: torch.device, parameters: HeadParameters | None = None) -> int:
+def workspace_numel(rows: int) -> int:
     """Numbers of scratch memory that suffice for up to `rows` rows at a time."""
-    parameters = parameters or launch.head_parameters(device)
-    return _SLOTS * rows * min(_SPLITS, triton.cdiv(vocabulary, parameters.block))
+    return _SLOTS * rows * _SPLITS
 
 
 def _numbers(

@@ -410,8 +410,7 @@ def test_rows_may_lie_apart(loss: str, stride: int, kernels: Worker) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_workspace_that_is_given(loss: str, kernels: Worker) -> None:
     case = make_case(loss, vocabulary=70)
-    asked = {"rows": 5, "vocabulary": 70, "device": torch.device("cpu"), "parameters": SMALL_BLOCKS}
-    enough = kernels.call(KERNELS + "workspace_numel", **asked)["return"]
+    enough = kernels.call(KERNELS + "workspace_numel", 5)["return"]
     expected = case.run(kernels, parameters=SMALL_BLOCKS)
     ours = case.run(kernels, parameters=SMALL_BLOCKS, workspace=torch.empty(enough))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, expected, strict=True))
@@ -520,10 +519,15 @@ def test_bad_arguments_of_a_divergence(change: dict[str, Any], message: str, ker
 
 
 @pytest.mark.parametrize(
-    "labels",
-    [torch.zeros(4, dtype=torch.int64), torch.zeros(5), torch.zeros(10, dtype=torch.int64)[::2]],
-    ids=["too_few", "not_whole_numbers", "not_contiguous"],
+    ("labels", "message"),
+    [
+        (torch.zeros(5), "expected int32 or int64, got torch.float32"),
+        (torch.zeros(4, dtype=torch.int64), r"expected .*shape \(5,\).* got .*shape \(4,\)"),
+        (torch.zeros(10, dtype=torch.int64)[::2], r"expected contiguous .*strides \(2,\)"),
+        (torch.zeros(5, dtype=torch.int64, device="meta"), "expected .* on cpu, got .* on meta"),
+    ],
+    ids=["not_whole_numbers", "too_few", "not_contiguous", "other_device"],
 )
-def test_bad_labels(labels: Tensor, kernels: Worker) -> None:
-    with pytest.raises(ValueError, match=r"^labels: expected contiguous int32 or int64 of shape \(5,\), got"):
+def test_bad_labels(labels: Tensor, message: str, kernels: Worker) -> None:
+    with pytest.raises(ValueError, match=f"^labels: {message}"):
         kernels.call(KERNELS + "logprob_rows", torch.zeros(5, 7), labels, loss=torch.zeros(5))
