@@ -406,6 +406,9 @@ template <typename T> class HeadLoss {
           const Row row = row_of(panel, j);
           Vec<T> loss = {}, kl = {};
           for (int64_t v = begin; v < end; ++v) {
+            // Every fourth line is no pattern that the processor would see to by itself.
+            prefetch(zp + v * kLine + j * L, kGradientTile * kLine);
+            prefetch(zq + v * kLine + j * L, kGradientTile * kLine);
             const Vec<T> log_p = load(zp + v * kLine + j * L) - row.max_p - row.log_sum_p;
             const Vec<T> log_q = load(zq + v * kLine + j * L) - row.max_q - row.log_sum_q;
             if constexpr (KIND == CDAS_JSD) {
@@ -453,7 +456,6 @@ template <typename T> class HeadLoss {
   // ---- gradient
 
   template <CdasDivergence KIND, bool HALF> void make_gradient(int64_t part) const {
-    std::memset(gradients + part * panels * a.width * kPanelRows, 0, panels * a.width * kPanelRows * sizeof(T));
     if (KIND == CDAS_FORWARD_KL) std::memset(of_part(part, 0, 0), 0, panels * kPartials * kPanelRows * sizeof(T));
 #ifdef CDAS_AVX512_BF16
     if constexpr (sizeof(T) == 4)
@@ -467,6 +469,7 @@ template <typename T> class HeadLoss {
     const cdas::Range range = cdas::share(a.vocabulary, part, gradient_parts, kRows);
     T* const slope = slopes + part * panels * kGradientTile * kPanelRows;
     T* const sums = gradients + part * panels * a.width * kPanelRows;
+    if (range.begin == range.end) std::memset(sums, 0, panels * a.width * kPanelRows * sizeof(T));
     for (int64_t v = range.begin; v < range.end; v += kRows) {
       const int64_t count = range.end - v < kRows ? range.end - v : kRows, depth = (count + kStep - 1) / kStep;
       for_panels([&](int64_t panel, auto vectors) {
@@ -481,7 +484,7 @@ template <typename T> class HeadLoss {
           constexpr int kLine = decltype(vectors)::value * L;
           product<Product, decltype(vectors)::value>(width, depth, head_tile.data, 1, head_tile.stride,
                                                      slope + panel * kRows / kStep * kPanelRows,
-                                                     sums + panel * a.width * kPanelRows + d * kLine, true, ahead, lines);
+                                                     sums + panel * a.width * kPanelRows + d * kLine, v > range.begin, ahead, lines);
         });
       }
     }
@@ -516,6 +519,8 @@ template <typename T> class HeadLoss {
       const Row row = row_of(panel, j);
       Vec<T> loss = {};
       const auto at = [&](int64_t i) __attribute__((always_inline)) {
+        prefetch(zp + i * kLine + j * L, kGradientTile * kLine);
+        if (heads == 2) prefetch(zq + i * kLine + j * L, kGradientTile * kLine);
         const Vec<T> z = load(zp + i * kLine + j * L);
         const Vec<T> log_p = z - row.max_p - row.log_sum_p;
         Vec<T> g;
@@ -582,15 +587,16 @@ template <typename T> class HeadLoss {
       const int64_t lanes = panel_rows(panel);
       for (int64_t d = range.begin; d < range.end; d += kColumns) {
         const int64_t count = range.end - d < kColumns ? range.end - d : kColumns;
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            T sum = 0;
-            for (int64_t other = 0; other < gradient_parts; ++other)
-              sum += gradients[(other * panels + panel) * a.width * kPanelRows + (d + i) * lanes + lane];
-            block[i][lane] = sum * factor;
-          }
+        for (int64_t other = 0; other < gradient_parts; ++other) {
+          const T* const found = gradients + (other * panels + panel) * a.width * kPanelRows + d * lanes;
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t lane = 0; lane < lanes; lane += L) {
+              const Vec<T> before = other ? load(&block[i][lane]) : Vec<T>{};
+              store(&block[i][lane], before + load(found + i * lanes + lane));
+            }
+        }
         for (int64_t row = panel * kPanelRows; row < a.rows && row < (panel + 1) * kPanelRows; ++row) {
-          for (int64_t i = 0; i < count; ++i) line[i] = block[i][row % kPanelRows];
+          for (int64_t i = 0; i < count; ++i) line[i] = block[i][row % kPanelRows] * factor;
           write_row(line, count, a.gradient_dtype, a.gradient, row * a.width + d);
         }
       }

@@ -47,6 +47,10 @@ template <typename T> CDAS_INLINE Vec<T> load(const T* p) {
   return v;
 }
 template <typename T> CDAS_INLINE void store(T* p, Vec<T> v) { std::memcpy(p, &v, sizeof(v)); }
+// Brings what lies `count` numbers behind p, where there need be none, into the second level of the cache.
+template <typename T> CDAS_INLINE void prefetch(const T* p, int64_t count) {
+  __builtin_prefetch(reinterpret_cast<const char*>(uintptr_t(p) + uintptr_t(count) * sizeof(T)), 0, 2);
+}
 
 // a > b ? a : b, which is b where either is NaN.
 CDAS_INLINE Vec<float> greater_of(Vec<float> a, Vec<float> b) {
