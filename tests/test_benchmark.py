@@ -79,6 +79,23 @@ def test_every_round_runs_every_call_and_none_always_follows_the_same_other() ->
     assert len(after) == 12
 
 
+def test_short_calls_fill_their_turns() -> None:
+    clock, seen = [0.0], {"short": list[int](), "long": list[int]()}
+
+    def run(name: str, number: int) -> None:
+        seen[name].append(number)
+        clock[0] += {"short": 0.25, "long": 3.0}[name]
+
+    def timer(call: Callable[[], object]) -> float:
+        before = clock[0]
+        call()
+        return clock[0] - before
+
+    seconds = interleave({name: partial(run, name) for name in seen}, 2, timer, fill=1.0)
+    assert seconds == {"short": [0.25, 0.25], "long": [3.0, 3.0]}
+    assert seen == {"short": [0, *range(8)], "long": [0, 0, 1]}
+
+
 def test_fastest_is_by_minimum_and_does_not_count_the_first_call() -> None:
     costs = {"slow": iter([0.0, 3.0, 2.0]), "fast": iter([9.0, 5.0, 1.0])}
     spent = [0.0]

@@ -37,8 +37,10 @@ LABELS = {
     "triton": "cdas_fast triton",
     "reference": "cdas_fast reference",
 }
+TURN = 0.02  # seconds
 DEFINITIONS = [
     MODES_DEFINED,
+    f"A variant's turn in a round lasts at least {1e3 * TURN:g} ms; what counts is the mean of the calls in it.",
     "eager: hidden + (source @ w - hidden @ w)[..., None] * w, in the dtype of the inputs, differentiated by autograd. "
     "Gradients reach hidden and w.",
     "GB/s: what has to be read and written at least: hidden and the result for fw; for fw+bw these, the incoming "
@@ -173,7 +175,7 @@ def _measure(
             variant.forward(each)
     with tqdm(total=0, disable=None, leave=False, desc=f"{shape.name} {dtype}") as bar:
         errors = _errors(variants, inputs[0])
-        seconds = time_variants(variants, inputs, repeats, timer, bar)
+        seconds = time_variants(variants, inputs, repeats, timer, bar, TURN)
         if device.type == "cuda":
             peaks = gpu_peaks(variants, inputs[0])
         else:

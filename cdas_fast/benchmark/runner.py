@@ -111,15 +111,20 @@ def rotating(function: Callable[[Any], object], inputs: Sequence[Any]) -> Callab
 
 
 def time_variants(
-    variants: Mapping[str, Variant], inputs: Sequence[Any], repeats: int, timer: Timer, bar: tqdm[Any]
+    variants: Mapping[str, Variant],
+    inputs: Sequence[Any],
+    repeats: int,
+    timer: Timer,
+    bar: tqdm[Any],
+    fill: float = 0.0,
 ) -> Seconds:
-    """Seconds of each variant in each round, forward and forward with backward."""
+    """Seconds of each variant in each round, forward and forward with backward; for `fill` see `interleave`."""
     calls = {
         (name, mode): rotating(getattr(variant, mode), inputs) for name, variant in variants.items() for mode in TIMED
     }
     bar.set_postfix_str("timing", refresh=False)
     bar.reset(total=len(calls) * repeats)
-    return interleave(calls, repeats, timer, bar.update)
+    return interleave(calls, repeats, timer, bar.update, fill)
 
 
 def gpu_peaks(variants: Mapping[str, Variant], inputs: Any) -> dict[str, dict[str, Any]]:

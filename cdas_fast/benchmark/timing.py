@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,21 +60,32 @@ def interleave(
     calls: Mapping[Key, Callable[[int], object]],
     rounds: int,
     timer: Timer,
-    after_call: Callable[[], object] = lambda: None,
+    after_turn: Callable[[], object] = lambda: None,
+    fill: float = 0.0,
 ) -> dict[Key, list[float]]:
-    """Seconds of each call in each round. A call is given the number of the round, by which it chooses its inputs.
+    """Seconds of each call in each round. A call is given a number that grows, by which it chooses its inputs.
 
-    Each round begins with another call, and every second one runs backwards: none always follows the same other.
+    Each round begins with another call, and every second one runs backwards: none always follows the same other. A call
+    that takes less than `fill` seconds is repeated in its turn until they are filled, and its mean counts: what the call
+    before it left in the caches, and in the allocator, would be much of a short one.
     """
     keys = list(calls)
+    counts = {key: math.ceil(fill / max(timer(partial(calls[key], 0)), 1e-6)) if fill else 1 for key in keys}
     seconds: dict[Key, list[float]] = {key: [] for key in keys}
     for number in range(rounds):
         first = number % len(keys)
         order = keys[first:] + keys[:first]
         for key in order if number % 2 == 0 else reversed(order):
-            seconds[key].append(timer(partial(calls[key], number)))
-            after_call()
+            count = counts[key]
+            turn = partial(_repeat, calls[key], range(number * count, (number + 1) * count))
+            seconds[key].append(timer(turn) / count)
+            after_turn()
     return seconds
+
+
+def _repeat(call: Callable[[int], object], numbers: range) -> None:
+    for number in numbers:
+        call(number)
 
 
 def fastest(calls: Mapping[Key, Callable[[int], object]], timer: Timer, rounds: int = 2) -> Key:
