@@ -55,6 +55,34 @@ struct CdasClamp {
   int32_t dtype, threads;
 };
 
+// Tokens by heads by columns, the columns next to each other.
+struct CdasHeads {
+  const void* data;
+  int64_t token_stride, head_stride;  // in elements
+};
+
+// Causal attention over packed rows that share a prefix, see packed_attention.h. Row b has the tokens starts[b] to
+// starts[b + 1] - 1. All tensors have one dtype but log_sum, which has that of the maths; what is written is contiguous.
+struct CdasPackedAttention {
+  int64_t rows, heads, groups, width, value_width, prefix;
+  int64_t window;         // keys that a query sees at most, itself included; 0 for all
+  const int64_t* starts;  // {rows + 1}
+  CdasHeads query;        // {tokens, heads, width}
+  CdasHeads key;          // {tokens, groups, width}; heads / groups neighbouring heads of queries share one
+  CdasHeads value;        // {tokens, groups, value_width}
+  CdasHeads prefix_key;   // {prefix, groups, width}
+  CdasHeads prefix_value;
+  CdasHeads grad_out;  // {tokens, heads, value_width}; backward only, data null in forward
+  void* out;           // {tokens, heads, value_width}; forward only
+  void* log_sum;       // {tokens, heads}: log of the sum of the exponentials of the scores; written by forward, read by backward
+  void* grad_query;    // {tokens, heads, width}; these three backward only
+  void* grad_key;      // {tokens, groups, width}
+  void* grad_value;    // {tokens, groups, value_width}
+  void* workspace;     // as many bytes as packed_attention_workspace() says, aligned to 64
+  double scale, softcap;  // softcap 0 for none
+  int32_t dtype, threads;
+};
+
 struct CdasKernels {
   int64_t (*head_loss_rows)(int32_t dtype);  // rows that are done as one; fewer are best a multiple of a quarter of them
   int64_t (*head_loss_workspace)(const CdasHeadLoss*);
@@ -62,4 +90,7 @@ struct CdasKernels {
   int64_t (*clamp_workspace)(const CdasClamp*);
   void (*clamp_forward)(const CdasClamp*);
   void (*clamp_backward)(const CdasClamp*);
+  int64_t (*packed_attention_workspace)(const CdasPackedAttention*);
+  void (*packed_attention_forward)(const CdasPackedAttention*);
+  void (*packed_attention_backward)(const CdasPackedAttention*);
 };

@@ -103,6 +103,11 @@ void cdas_head_loss(const CdasHeadLoss* args) { in_use->kernels->head_loss(args)
 int64_t cdas_clamp_workspace(const CdasClamp* args) { return in_use->kernels->clamp_workspace(args); }
 void cdas_clamp_forward(const CdasClamp* args) { in_use->kernels->clamp_forward(args); }
 void cdas_clamp_backward(const CdasClamp* args) { in_use->kernels->clamp_backward(args); }
+int64_t cdas_packed_attention_workspace(const CdasPackedAttention* args) {
+  return in_use->kernels->packed_attention_workspace(args);
+}
+void cdas_packed_attention_forward(const CdasPackedAttention* args) { in_use->kernels->packed_attention_forward(args); }
+void cdas_packed_attention_backward(const CdasPackedAttention* args) { in_use->kernels->packed_attention_backward(args); }
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -13,28 +13,35 @@ struct OpenMP {
 };
 extern OpenMP openmp;
 
-// Calls body(part) for every part in [0, parts) on at most `threads` threads, each taking the next part when it is done with
-// one. What a part computes depends on its number alone: which thread takes it, and how many there are, changes nothing.
-template <typename Body> static void parallel(int64_t parts, int64_t threads, const Body& body) {
+// Calls body(part, slot) for every part in [0, parts) on at most `threads` threads, each taking the next part when it is done
+// with one. What a part computes depends on its number alone: which thread takes it, and how many there are, changes nothing.
+// The slot, in [0, threads), is the thread's own, for its scratch memory.
+template <typename Body> static void parallel_in_slots(int64_t parts, int64_t threads, const Body& body) {
   if (threads > parts) threads = parts;
   if (threads <= 1 || openmp.parallel == nullptr) {
-    for (int64_t part = 0; part < parts; ++part) body(part);
+    for (int64_t part = 0; part < parts; ++part) body(part, int64_t(0));
     return;
   }
   struct Context {
     const Body* body;
-    int64_t parts, next;
-  } context{&body, parts, 0};
+    int64_t parts, next, slots;
+  } context{&body, parts, 0, 0};
   openmp.parallel(
       [](void* data) {
         auto* c = static_cast<Context*>(data);
+        const int64_t slot = __atomic_fetch_add(&c->slots, 1, __ATOMIC_RELAXED);
         for (;;) {
           const int64_t part = __atomic_fetch_add(&c->next, 1, __ATOMIC_RELAXED);
           if (part >= c->parts) return;
-          (*c->body)(part);
+          (*c->body)(part, slot);
         }
       },
       &context, static_cast<unsigned>(threads), 0);
+}
+
+// The same for a body without scratch memory: body(part).
+template <typename Body> static void parallel(int64_t parts, int64_t threads, const Body& body) {
+  parallel_in_slots(parts, threads, [&](int64_t part, int64_t) { body(part); });
 }
 
 struct Range {

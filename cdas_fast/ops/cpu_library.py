@@ -61,6 +61,30 @@ class Clamp(ctypes.Structure):
     )
 
 
+class Heads(ctypes.Structure):
+    """`CdasHeads` of csrc/kernels.h."""
+
+    _fields_ = (("data", c_void_p), ("token_stride", c_int64), ("head_stride", c_int64))
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Heads:
+        """A tensor (tokens, heads, width) whose last stride is 1."""
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+class PackedAttention(ctypes.Structure):
+    """`CdasPackedAttention` of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "heads", "groups", "width", "value_width", "prefix", "window")),
+        ("starts", c_void_p),
+        *((name, Heads) for name in ("query", "key", "value", "prefix_key", "prefix_value", "grad_out")),
+        *((name, c_void_p) for name in ("out", "log_sum", "grad_query", "grad_key", "grad_value", "workspace")),
+        *((name, c_double) for name in ("scale", "softcap")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+    )
+
+
 def available() -> bool:
     """Whether the library was built and can be loaded."""
     return _file() is not None
@@ -114,6 +138,9 @@ def load() -> ctypes.CDLL:
         ("cdas_clamp_workspace", c_int64, (POINTER(Clamp),)),
         ("cdas_clamp_forward", None, (POINTER(Clamp),)),
         ("cdas_clamp_backward", None, (POINTER(Clamp),)),
+        ("cdas_packed_attention_workspace", c_int64, (POINTER(PackedAttention),)),
+        ("cdas_packed_attention_forward", None, (POINTER(PackedAttention),)),
+        ("cdas_packed_attention_backward", None, (POINTER(PackedAttention),)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = restype, argtypes
