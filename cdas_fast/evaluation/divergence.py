@@ -101,6 +101,7 @@ def held_out_divergence(
                 decoder,
                 rows,
                 first.layers,
+                prefix_length=first.prefix_length,
                 micro_batch_tokens=micro_batch_tokens,
                 description="Caching held-out activations",
                 progress=progress,

@@ -34,6 +34,7 @@ def capture_activations(
     layers: Sequence[int],
     *,
     attention_mask: Tensor | None = None,  # (B, T)
+    position_ids: Tensor | None = None,  # (B, T)
     stop_after: int | None = None,
 ) -> Capture:
     """Run the decoder over tokens and keep the outputs of `layers`.
@@ -53,7 +54,9 @@ def capture_activations(
     beyond = range(decoder.num_layers if stop_after is None else stop_after + 1, decoder.num_layers)
     try:
         with _replaced(decoder, dict.fromkeys(beyond, _identity)):
-            output = decoder.stack(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            output = decoder.stack(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            )
     finally:
         for handle in handles:
             handle.remove()

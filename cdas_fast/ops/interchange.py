@@ -134,6 +134,24 @@ def clamp(
     return _clamp(hidden, value.expand(rows, rank), direction, mask, direction_index, impl)
 
 
+def project(
+    source: Tensor,  # (B, D)
+    direction: Tensor,  # (R, D) or (K, R, D)
+    *,
+    direction_index: Tensor | None = None,  # (B,)
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Coordinates W h_source (B, R) in the subspace of `direction`, in the dtype of the maths of `source`.
+
+    With them as `value`, `clamp` is `interchange`; packed rows take those of their sequence, `project(...)[owners]`.
+    Gradients reach `source` and `direction`. For arguments and errors see `interchange`.
+    """
+    _check_subspace("project", source, direction, None, direction_index)
+    require_floating("project", source=source, direction=direction)
+    check_implementation("project", impl)
+    return _project(source, direction.to(math_dtype(source.dtype)), direction_index, impl)
+
+
 class Functions(Protocol):
     """What an implementation consists of. Tensors may have any strides; results are new and contiguous."""
 

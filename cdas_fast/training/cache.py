@@ -1,7 +1,8 @@
 """Everything about the frozen model that training needs, computed once.
 
-For each row: the base sequence's activations at the lowest intervened layer, the source activations at every
-intervened layer, and the target's final hidden states at the positions that predict the response.
+For each row: the base sequence's activations at the lowest intervened layer beyond the prefix that all rows share, the
+source activations at every intervened layer, and the target's final hidden states at the positions that predict the
+response. The prefix runs once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from tqdm.auto import tqdm
 
 from cdas_fast.data.rows import TokenRows
 from cdas_fast.errors import NonFiniteError, StorageError, UnsupportedError, expected_got
+from cdas_fast.models.packed import Packing, Rows, Runner, make_runner, pass_tolerance, shared_prefix
 from cdas_fast.models.structure import Decoder
-from cdas_fast.models.suffix import capture_activations, run_suffix
+from cdas_fast.models.suffix import Capture, capture_activations
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class ActivationCache:
     """Cached activations of a set of rows, in the model's dtype; sequences lie one behind the other, unpadded."""
 
     rows: TokenRows
+    runner: Runner  # for passes behind the shared prefix
     layers: tuple[int, ...]  # ascending
-    base_hidden: Tensor  # (all base tokens, D), output of layers[0]
+    base_hidden: Tensor  # (all base tokens beyond the shared prefix, D), output of layers[0]
     base_starts: tuple[int, ...]  # one more than rows
     target_final: Tensor  # (all response tokens, D), after the final norm
     target_starts: tuple[int, ...]  # one more than rows
@@ -44,6 +47,15 @@ class ActivationCache:
         pair = entry.pair - self.rows.rows[0].pair
         return (self.positive_sources if entry.toward == "positive" else self.negative_sources)[pair]
 
+    def base_length(self, row: int) -> int:
+        """Tokens of a row's base sequence beyond the shared prefix."""
+        return self.base_starts[row + 1] - self.base_starts[row]
+
+    @property
+    def shared_prefix_length(self) -> int:
+        """Tokens that all sequences begin with, of which nothing is cached but what the runner keeps."""
+        return len(self.runner.prefix_ids)
+
     @property
     def nbytes(self) -> int:
         """Size of all cached activations."""
@@ -56,6 +68,8 @@ def build_cache(
     rows: TokenRows,
     layers: Sequence[int],
     *,
+    prefix_length: int | None = None,
+    packing: Packing = "auto",
     micro_batch_tokens: int = 4096,
     memory_bytes: int = 4 * 2**30,
     folder: str | os.PathLike[str] | None = None,
@@ -68,7 +82,10 @@ def build_cache(
         decoder: the model.
         rows: the token rows of consecutive pairs.
         layers: the intervened layers.
-        micro_batch_tokens: padded tokens per forward pass.
+        prefix_length: positions that are never intervened on; those of the chat template if None. Of these, the tokens
+            that all sequences have in common are run once.
+        packing: how rows go through the model, see `make_runner`.
+        micro_batch_tokens: tokens per forward pass, pads counted.
         memory_bytes: beyond this size the activations are memory-mapped files.
         folder: where those files lie, in a temporary sub-folder; the system's folder for temporary files if None.
         description: text of the progress bar.
@@ -82,23 +99,8 @@ def build_cache(
     layers = tuple(sorted(layers))
     width, dtype = decoder.hidden_size, decoder.dtype
     entries = rows.rows
-    base_starts = _starts(len(row.base.ids) for row in entries)
-    target_starts = _starts(row.base.response_length for row in entries)
     pairs = len(rows.positive_prompts)
-    sizes = (base_starts[-1] * width, target_starts[-1] * width)
-    total = (sum(sizes) + 2 * pairs * len(layers) * width) * dtype.itemsize
-    store = _Store(total > memory_bytes, total, folder)
-    base_hidden, target_final = (store.allocate(size, dtype).view(-1, width) for size in sizes)
-    positive, negative = (torch.empty(pairs, len(layers), width, dtype=dtype) for _ in range(2))
     first_pair = entries[0].pair
-
-    def in_batches(sequences: Sequence[Sequence[int]]) -> Iterable[tuple[list[int], Tensor]]:
-        lengths = [len(sequence) for sequence in sequences]
-        order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
-        for indices in batches_by_tokens(order, lengths, micro_batch_tokens):
-            yield indices, _pad([sequences[index] for index in indices]).to(decoder.device)
-            bar.update(sum(lengths[index] for index in indices))
-
     base_sequences = [row.base.ids for row in entries]
     source_sequences = [row.source.ids for row in entries]
     covered = {(row.toward, row.pair - first_pair) for row in entries}
@@ -107,56 +109,92 @@ def build_cache(
     ]
     prompts = {"positive": rows.positive_prompts, "negative": rows.negative_prompts}
     remaining_prompts = [prompts[side][pair] for side, pair in remaining]
-    tokens = sum(len(sequence) for sequence in (*base_sequences, *source_sequences, *remaining_prompts))
+    common = shared_prefix(
+        [*base_sequences, *source_sequences, *remaining_prompts],
+        rows.prefix_length if prefix_length is None else prefix_length,
+    )
+    shared = len(common)
+
+    base_starts = _starts(len(ids) - shared for ids in base_sequences)
+    target_starts = _starts(row.base.response_length for row in entries)
+    sizes = (base_starts[-1] * width, target_starts[-1] * width)
+    total = (sum(sizes) + 2 * pairs * len(layers) * width) * dtype.itemsize
+    store = _Store(total > memory_bytes, total, folder)
+    base_hidden, target_final = (store.allocate(size, dtype).view(-1, width) for size in sizes)
+    positive, negative = (torch.empty(pairs, len(layers), width, dtype=dtype) for _ in range(2))
+    runner = make_runner(decoder, common, packing)
+
+    def in_batches(
+        sequences: Sequence[Sequence[int]], layers: Sequence[int], stop_after: int | None
+    ) -> Iterator[tuple[int, int, Capture]]:
+        """For each sequence, its number, where it begins in the pass that it was in, and that pass."""
+        lengths = [len(sequence) - shared for sequence in sequences]
+        order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
+        for indices in batches_by_tokens(order, lengths, micro_batch_tokens, pads=runner.pads):
+            batch = [sequences[index][shared:] for index in indices]
+            captured = runner.capture(batch, layers, stop_after=stop_after)
+            for index, begin in zip(indices, _starts(map(len, batch)), strict=False):
+                yield index, begin, captured
+            bar.update(sum(map(len, batch)))
+
+    tokens = sum(len(ids) - shared for ids in (*base_sequences, *source_sequences, *remaining_prompts))
     bar = tqdm(total=tokens, desc=description, unit="token", disable=None if progress else True, leave=False)
     with bar:
-        for indices, ids in in_batches(source_sequences):
-            captured = capture_activations(decoder, ids, layers)
+        for index, begin, captured in in_batches(source_sequences, layers, None):
             assert captured.final is not None
-            for slot, index in enumerate(indices):
-                row = entries[index]
-                sources = torch.stack([captured.hidden[layer][slot, row.source_position] for layer in layers])
-                start = row.source.prompt_length - 1
-                final = captured.final[slot, start : start + row.source.response_length]
-                _require_finite(row.name, {"source activation": sources, "final hidden state": final})
-                (positive if row.toward == "positive" else negative)[row.pair - first_pair] = sources.cpu()
-                target_final[target_starts[index] : target_starts[index + 1]] = final.cpu()
-        for indices, ids in in_batches(base_sequences):
-            hidden = capture_activations(decoder, ids, layers[:1], stop_after=layers[0]).hidden[layers[0]]
-            for slot, index in enumerate(indices):
-                activations = hidden[slot, : len(base_sequences[index])]
-                _require_finite(entries[index].name, {f"activation at layer {layers[0]}": activations})
-                base_hidden[base_starts[index] : base_starts[index + 1]] = activations.cpu()
-        for indices, ids in in_batches(remaining_prompts):
-            captured = capture_activations(decoder, ids, layers, stop_after=layers[-1])
-            for slot, index in enumerate(indices):
-                side, pair = remaining[index]
-                last = len(remaining_prompts[index]) - 1
-                sources = torch.stack([captured.hidden[layer][slot, last] for layer in layers])
-                _require_finite(f"{side} prompt of pair {pair + first_pair}", {"source activation": sources})
-                (positive if side == "positive" else negative)[pair] = sources.cpu()
+            row = entries[index]
+            read = begin + row.source_position - shared
+            sources = torch.stack([captured.hidden[layer][read] for layer in layers])
+            start = begin + row.source.prompt_length - 1 - shared
+            final = captured.final[start : start + row.source.response_length]
+            _require_finite(row.name, {"source activation": sources, "final hidden state": final})
+            (positive if row.toward == "positive" else negative)[row.pair - first_pair] = sources.cpu()
+            target_final[target_starts[index] : target_starts[index + 1]] = final.cpu()
+        for index, begin, captured in in_batches(base_sequences, layers[:1], layers[0]):
+            length = len(base_sequences[index]) - shared
+            activations = captured.hidden[layers[0]][begin : begin + length]
+            _require_finite(entries[index].name, {f"activation at layer {layers[0]}": activations})
+            base_hidden[base_starts[index] : base_starts[index + 1]] = activations.cpu()
+        for index, begin, captured in in_batches(remaining_prompts, layers, layers[-1]):
+            side, pair = remaining[index]
+            last = begin + len(remaining_prompts[index]) - 1 - shared
+            sources = torch.stack([captured.hidden[layer][last] for layer in layers])
+            _require_finite(f"{side} prompt of pair {pair + first_pair}", {"source activation": sources})
+            (positive if side == "positive" else negative)[pair] = sources.cpu()
     cache = ActivationCache(
-        rows, layers, base_hidden, base_starts, target_final, target_starts, positive, negative, store.folder
+        rows,
+        runner,
+        layers,
+        base_hidden,
+        base_starts,
+        target_final,
+        target_starts,
+        positive,
+        negative,
+        store.folder,
     )
     _check_suffix(decoder, cache)
     return cache
 
 
-def batches_by_tokens(order: Iterable[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut `order` into runs whose padded size, count times the greatest length, is at most `max_tokens`.
+def batches_by_tokens(
+    order: Iterable[int], lengths: Sequence[int], max_tokens: int, *, pads: bool = True
+) -> list[list[int]]:
+    """Cut `order` into runs whose size is at most `max_tokens`: the sum of the lengths, or with `pads` count x longest.
 
     A sequence that is longer by itself makes a batch of one.
     """
     batches: list[list[int]] = []
-    longest = 0
+    longest = total = 0
     for index in order:
-        longest_with = max(longest, lengths[index])
-        if batches and (len(batches[-1]) + 1) * longest_with <= max_tokens:
+        length = lengths[index]
+        size = (len(batches[-1]) + 1) * max(longest, length) if batches and pads else total + length
+        if batches and size <= max_tokens:
             batches[-1].append(index)
-            longest = longest_with
+            longest, total = max(longest, length), total + length
         else:
             batches.append([index])
-            longest = lengths[index]
+            longest = total = length
     return batches
 
 
@@ -197,14 +235,16 @@ class _Store:
 
 def _check_suffix(decoder: Decoder, cache: ActivationCache) -> None:
     """Compare the suffix from the cache with a whole forward pass, so that no unusual model is trained wrongly."""
-    ids = torch.tensor([cache.rows.rows[0].base.ids], device=decoder.device)
-    hidden = cache.base_hidden[cache.base_starts[0] : cache.base_starts[1]].to(decoder.device)[None]
+    sequence = cache.rows.rows[0].base
+    ids = torch.tensor([sequence.ids], device=decoder.device)
     whole = capture_activations(decoder, ids, []).final
     assert whole is not None
+    right = whole[0, cache.shared_prefix_length :].float()
+    hidden = cache.base_hidden[: cache.base_starts[1]].to(decoder.device)
     with torch.no_grad():
-        suffix = run_suffix(decoder, cache.layers[0], hidden)
-    error = (suffix.float() - whole.float()).norm() / whole.float().norm()
-    tolerance = 1e-3 if decoder.dtype in (torch.float32, torch.float64) else 0.1
+        found = cache.runner.suffix(cache.layers[0], hidden, Rows((len(hidden),), cache.shared_prefix_length)).float()
+    error = (found - right).norm() / right.norm()
+    tolerance = pass_tolerance(decoder.dtype)
     if not error <= tolerance:
         raise UnsupportedError(
             expected_got(
@@ -225,9 +265,3 @@ def _require_finite(row: str, tensors: dict[str, Tensor]) -> None:
 
 def _starts(lengths: Iterable[int]) -> tuple[int, ...]:
     return (0, *itertools.accumulate(lengths))
-
-
-def _pad(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Right-padded token ids (B, T). The pad is token 0: causal attention never looks at what follows."""
-    longest = max(len(sequence) for sequence in sequences)
-    return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cdas_fast.data.rows import Directions
 from cdas_fast.errors import InvalidInputError, expected_got
+from cdas_fast.models.packed import Packing
 from cdas_fast.ops.implementation import Implementation
 from cdas_fast.storage import sha256_of
 
@@ -47,7 +48,9 @@ class TrainingConfig:
         source_tokens: text at whose last token the source is read; the end of the prompt if None.
         clean_spaces: remove spaces before punctuation in prompts, as the published implementation does.
         prefix_length: positions that are never intervened on; None derives them from the chat template.
-        micro_batch_tokens: padded tokens that go through the suffix at once; bounds memory, not the result.
+        packing: `packed` rows go through the model one behind the other, and the prefix that all share is computed
+            once; `padded` ones each by itself; `auto` packs where it can, see `cdas_fast.models.packed.make_runner`.
+        micro_batch_tokens: tokens that go through the suffix at once, pads counted; bounds memory, not the result.
         cache_bytes: activations are kept in memory up to this size, and in memory-mapped files beyond it.
         checkpoint_every: steps between checkpoints.
         evaluate_every: epochs between evaluations on held-out pairs.
@@ -73,6 +76,7 @@ class TrainingConfig:
     source_tokens: str | None = None
     clean_spaces: bool = True
     prefix_length: int | None = None
+    packing: Packing = "auto"
     micro_batch_tokens: int = 4096
     cache_bytes: int = 4 * 2**30
     checkpoint_every: int = 10
@@ -102,6 +106,7 @@ class TrainingConfig:
         for name, fits, wanted in (
             ("learning_rate", 0 <= self.learning_rate < float("inf"), "a finite number of at least 0"),
             ("reduction", self.reduction in ("sequence", "token"), "sequence or token"),
+            ("packing", self.packing in ("auto", "packed", "padded"), "auto, packed or padded"),
             ("directions", self.directions in ("both", "positive", "negative"), "both, positive or negative"),
             ("beta", 0 < self.beta < 1, "a number strictly between 0 and 1"),
             ("max_grad_norm", self.max_grad_norm > 0, "a number above 0"),

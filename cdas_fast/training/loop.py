@@ -253,6 +253,8 @@ class _Run:
             self.decoder,
             rows,
             self.config.layers,
+            prefix_length=self.prefix_length,
+            packing=self.config.packing,
             micro_batch_tokens=self.config.micro_batch_tokens,
             memory_bytes=self.config.cache_bytes,
             folder=None if self.folder is None else self.folder.path,

@@ -14,31 +14,40 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cdas_fast.errors import InvalidInputError, expected_got
+from cdas_fast.models.packed import Rows
 from cdas_fast.models.structure import Decoder
-from cdas_fast.models.suffix import run_suffix
-from cdas_fast.ops import clamp, interchange, linear_jsd
+from cdas_fast.ops import clamp, linear_jsd
 from cdas_fast.ops.implementation import Implementation
+from cdas_fast.ops.interchange import project
 from cdas_fast.training.cache import ActivationCache, batches_by_tokens
 from cdas_fast.training.config import Reduction
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the suffix together, padded on the right."""
+    """Rows that go through the suffix together, packed one behind the other: N tokens of B rows."""
 
     places: tuple[int, ...]  # where the rows stand in the list that was asked for
+    rows: Rows
+    owners: Tensor  # (N,) the row of each token
     source: Tensor  # (B, layers, D)
     toward_positive: Tensor  # (B,) bool
-    mask: Tensor  # (B, T) bool, True where an intervention is made
+    mask: Tensor | None  # (N,) bool, True where an intervention is made; everywhere if None
 
 
-# (hidden (B, T, D), slot of the layer among the intervened ones, micro-batch) -> hidden (B, T, D)
+# (hidden (N, D), slot of the layer among the intervened ones, micro-batch) -> hidden (N, D)
 Intervention = Callable[[Tensor, int, MicroBatch], Tensor]
 
 
 def interchange_with(direction: Tensor, impl: Implementation = "auto") -> Intervention:
     """Give every position the source's coordinates along `direction` (R, D)."""
-    return lambda hidden, slot, batch: interchange(hidden, batch.source[:, slot], direction, mask=batch.mask, impl=impl)
+
+    def intervene(hidden: Tensor, slot: int, batch: MicroBatch) -> Tensor:
+        value = project(batch.source[:, slot], direction, impl=impl)
+        return clamp(hidden, value[batch.owners], direction, mask=batch.mask, impl=impl)
+
+    return intervene
 
 
 def clamp_to(direction: Tensor, positive: Tensor, negative: Tensor, impl: Implementation = "auto") -> Intervention:
@@ -46,7 +55,7 @@ def clamp_to(direction: Tensor, positive: Tensor, negative: Tensor, impl: Implem
 
     def intervene(hidden: Tensor, slot: int, batch: MicroBatch) -> Tensor:
         value = torch.where(batch.toward_positive[:, None], positive[slot], negative[slot])
-        return clamp(hidden, value, direction, mask=batch.mask, impl=impl)
+        return clamp(hidden, value[batch.owners], direction, mask=batch.mask, impl=impl)
 
     return intervene
 
@@ -73,6 +82,9 @@ class DivergenceObjective:
         micro_batch_tokens: int = 4096,
         impl: Implementation = "auto",
     ) -> None:
+        if prefix_length < cache.shared_prefix_length:
+            wanted = f"at least {cache.shared_prefix_length}, which the cache was built for"
+            raise InvalidInputError(expected_got("prefix_length", wanted, prefix_length))
         self.decoder = decoder
         self.cache = cache
         self.prefix_length = prefix_length
@@ -122,52 +134,55 @@ class DivergenceObjective:
         self, rows: Sequence[int], intervention: Intervention
     ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """For each micro-batch: places in `rows`, and per response token its place in the batch and its loss."""
-        cache, device = self.cache, self.decoder.device
-        lengths = [len(cache.rows.rows[row].base.ids) for row in rows]
+        cache, head = self.cache, self.decoder.head
+        lengths = [cache.base_length(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda place: -lengths[place])
-        for places in batches_by_tokens(order, lengths, self.micro_batch_tokens):
-            batch, hidden = self._assemble([rows[place] for place in places], tuple(places))
+        for places in batches_by_tokens(order, lengths, self.micro_batch_tokens, pads=cache.runner.pads):
+            asked = [rows[place] for place in places]
+            batch, hidden = self._assemble(asked, tuple(places))
             edited = intervention(hidden, 0, batch)
             edits = {
                 layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(cache.layers) if slot > 0
             }
-            final = run_suffix(self.decoder, cache.layers[0], edited, edits=edits)
-            owner: list[int] = []
-            position: list[int] = []
-            target = []
-            for slot, place in enumerate(places):
-                sequence = cache.rows.rows[rows[place]].base
-                owner += [slot] * sequence.response_length
-                position += range(sequence.prompt_length - 1, len(sequence.ids) - 1)
-                target.append(
-                    cache.target_final[cache.target_starts[rows[place]] : cache.target_starts[rows[place] + 1]]
-                )
-            owner_index = torch.tensor(owner, device=device)
+            final = cache.runner.suffix(cache.layers[0], edited, batch.rows, edits=edits)
+            owners, predicting, target = self._responses(asked, batch)
             losses = linear_jsd(
-                final[owner_index, torch.tensor(position, device=device)],
-                torch.cat(target).to(device),
-                self.decoder.head.weight,
-                bias=self.decoder.head.bias,
-                logit_softcap=self.decoder.head.logit_softcap,
-                logit_scale=self.decoder.head.logit_scale,
+                final[predicting],
+                target,
+                head.weight,
+                bias=head.bias,
+                logit_softcap=head.logit_softcap,
+                logit_scale=head.logit_scale,
                 beta=self.beta,
                 reduction="none",
                 impl=self.impl,
             )
-            yield batch, owner_index, losses
+            yield batch, owners, losses
+
+    def _responses(self, rows: Sequence[int], batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """For each response token: its row in the batch, the packed token that predicts it, its target (D,)."""
+        cache, device = self.cache, self.decoder.device
+        lengths = torch.tensor([self.response_length(row) for row in rows])
+        owners = torch.repeat_interleave(lengths)
+        ends = batch.rows.starts[1:] - 1  # the last token of a row predicts nothing
+        firsts = lengths.cumsum(0) - lengths
+        predicting = ends[owners] - lengths[owners] + torch.arange(len(owners)) - firsts[owners]
+        target = torch.cat(
+            [cache.target_final[cache.target_starts[row] : cache.target_starts[row + 1]] for row in rows]
+        )
+        return owners.to(device), predicting.to(device), target.to(device)
 
     def _assemble(self, rows: Sequence[int], places: tuple[int, ...]) -> tuple[MicroBatch, Tensor]:
         cache, device = self.cache, self.decoder.device
-        lengths = [len(cache.rows.rows[row].base.ids) for row in rows]
-        hidden = torch.zeros(len(rows), max(lengths), self.decoder.hidden_size, dtype=cache.base_hidden.dtype)
-        mask = torch.zeros(len(rows), max(lengths), dtype=torch.bool)
-        for slot, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            hidden[slot, :length] = cache.base_hidden[cache.base_starts[row] : cache.base_starts[row + 1]]
-            mask[slot, self.prefix_length : length] = True
+        packed = Rows(tuple(map(cache.base_length, rows)), cache.shared_prefix_length)
+        hidden = torch.cat([cache.base_hidden[cache.base_starts[row] : cache.base_starts[row + 1]] for row in rows])
+        everywhere = self.prefix_length == cache.shared_prefix_length
         batch = MicroBatch(
             places=places,
+            rows=packed,
+            owners=packed.owners.to(device),
             source=torch.stack([cache.source(row) for row in rows]).to(device),
             toward_positive=torch.tensor([cache.rows.rows[row].toward == "positive" for row in rows], device=device),
-            mask=mask.to(device),
+            mask=None if everywhere else (packed.positions >= self.prefix_length).to(device),
         )
         return batch, hidden.to(device)

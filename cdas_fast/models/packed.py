@@ -1,0 +1,363 @@
+"""Passes over rows of tokens that all begin with the same prefix, without computing the prefix in each of them.
+
+Rows are given beyond the prefix, one behind the other: (N, D) for N tokens of B rows. Two runners do the same passes:
+
+    PackedRunner  N tokens go through the model as one sequence; attention alone knows where rows begin, and reads the
+                  keys and values of the prefix, which were kept when the prefix ran once
+    PaddedRunner  rows of P + T tokens, padded on the right, for the models and devices that the former is not for
+
+The model's own forward pass does the work in both, see suffix.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
+from cdas_fast.models.structure import Decoder
+from cdas_fast.models.suffix import Capture, Edit, capture_activations, run_suffix
+from cdas_fast.ops import cpu_library
+from cdas_fast.ops.packed_attention import packed_attention
+
+Packing = Literal["auto", "packed", "padded"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Lengths of packed rows beyond a prefix of P tokens."""
+
+    lengths: tuple[int, ...]
+    prefix_length: int
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """Where each row begins, and the number of tokens N; (B + 1,)."""
+        return torch.tensor([0, *itertools.accumulate(self.lengths)])
+
+    @functools.cached_property
+    def owners(self) -> Tensor:
+        """The row of each token, (N,)."""
+        return torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """The position of each token in its row, the prefix counted; (N,)."""
+        return torch.arange(int(self.starts[-1])) - self.starts[self.owners] + self.prefix_length
+
+    @property
+    def padded_length(self) -> int:
+        """P + T, T being the greatest length."""
+        return self.prefix_length + max(self.lengths, default=0)
+
+
+class Runner(Protocol):
+    """Passes of one decoder over rows behind one prefix."""
+
+    decoder: Decoder
+    prefix_ids: tuple[int, ...]
+    pads: bool  # whether short rows cost as much as the longest beside them
+
+    def capture(
+        self, sequences: Sequence[Sequence[int]], layers: Sequence[int], *, stop_after: int | None = None
+    ) -> Capture:
+        """Outputs of `layers` and final hidden states, (N, D) each, for tokens beyond the prefix.
+
+        With `stop_after`, layers beyond it are not run and `Capture.final` is None.
+        """
+
+    def suffix(self, layer: int, hidden: Tensor, rows: Rows, *, edits: Mapping[int, Edit] | None = None) -> Tensor:
+        """Final hidden states (N, D), after the final norm, when layer `layer` puts out `hidden` (N, D).
+
+        Layers 0 to `layer` are not run. `edits` change the output (N, D) of later layers. Differentiable with respect
+        to `hidden` and to whatever the edits depend on.
+        """
+
+
+def make_runner(decoder: Decoder, prefix_ids: Sequence[int], packing: Packing = "auto") -> Runner:
+    """The runner for a decoder and its device.
+
+    `auto` packs on a CPU that has the compiled kernels, if a trial on this model gives what the model itself does, and
+    says in the log why it does not.
+
+    Raises:
+        InvalidInputError: another `packing`.
+        UnsupportedError: `packed` is asked for and the model's attention cannot be.
+    """
+    match packing:
+        case "padded":
+            return PaddedRunner(decoder, prefix_ids)
+        case "packed":
+            return _tried(PackedRunner(decoder, prefix_ids))
+        case "auto":
+            if decoder.device.type != "cpu" or not cpu_library.available():
+                return PaddedRunner(decoder, prefix_ids)
+            try:
+                return _tried(PackedRunner(decoder, prefix_ids))
+            except UnsupportedError as error:
+                _logger.warning("rows are padded, not packed: %s", error)
+                return PaddedRunner(decoder, prefix_ids)
+    raise InvalidInputError(expected_got("packing", "auto, packed or padded", repr(packing)))
+
+
+def shared_prefix(sequences: Sequence[Sequence[int]], longest: int) -> tuple[int, ...]:
+    """The tokens that all sequences begin with, at most `longest` and fewer than the shortest has."""
+    length = min([longest, *(len(sequence) - 1 for sequence in sequences)])
+    first = sequences[0]
+    for place in range(length):
+        if any(sequence[place] != first[place] for sequence in sequences):
+            return tuple(first[:place])
+    return tuple(first[:length])
+
+
+class PackedRunner:
+    """N tokens as one sequence, whose attention knows the rows."""
+
+    pads = False
+
+    def __init__(self, decoder: Decoder, prefix_ids: Sequence[int]) -> None:
+        _register()
+        self.decoder, self.prefix_ids = decoder, tuple(prefix_ids)
+        self._prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values
+        if self.prefix_ids:
+            attention = _Attention(Rows((len(self.prefix_ids),), 0).starts, {}, self._prefix)
+            with attention.of(decoder, range(decoder.num_layers)):
+                capture_activations(decoder, torch.tensor([self.prefix_ids], device=decoder.device), [])
+
+    def capture(
+        self, sequences: Sequence[Sequence[int]], layers: Sequence[int], *, stop_after: int | None = None
+    ) -> Capture:
+        """See `Runner`."""
+        device = self.decoder.device
+        rows = Rows(tuple(map(len, sequences)), len(self.prefix_ids))
+        ids = torch.tensor([list(itertools.chain.from_iterable(sequences))], device=device)
+        positions = rows.positions[None].to(device)
+        last = self.decoder.num_layers - 1 if stop_after is None else stop_after
+        with _Attention(rows.starts, self._prefix).of(self.decoder, range(last + 1)):
+            captured = capture_activations(self.decoder, ids, layers, position_ids=positions, stop_after=stop_after)
+        final = None if captured.final is None else captured.final[0]
+        return Capture({layer: hidden[0] for layer, hidden in captured.hidden.items()}, final)
+
+    def suffix(self, layer: int, hidden: Tensor, rows: Rows, *, edits: Mapping[int, Edit] | None = None) -> Tensor:
+        """See `Runner`."""
+
+        def as_sequence(edit: Edit) -> Edit:
+            return lambda hidden: edit(hidden[0])[None]
+
+        with _Attention(rows.starts, self._prefix).of(self.decoder, range(layer + 1, self.decoder.num_layers)):
+            return run_suffix(
+                self.decoder,
+                layer,
+                hidden[None],
+                position_ids=rows.positions[None].to(hidden.device),
+                edits={later: as_sequence(edit) for later, edit in (edits or {}).items()},
+            )[0]
+
+
+class PaddedRunner:
+    """Rows of P + T tokens, padded on the right: causal attention never looks at what follows."""
+
+    pads = True
+
+    def __init__(self, decoder: Decoder, prefix_ids: Sequence[int]) -> None:
+        self.decoder, self.prefix_ids = decoder, tuple(prefix_ids)
+        self._prefix: dict[int, Tensor] = {}  # layer -> its output (P, D)
+
+    def capture(
+        self, sequences: Sequence[Sequence[int]], layers: Sequence[int], *, stop_after: int | None = None
+    ) -> Capture:
+        """See `Runner`."""
+        rows = Rows(tuple(map(len, sequences)), len(self.prefix_ids))
+        ids = torch.zeros(len(sequences), rows.padded_length, dtype=torch.int64)
+        for row, sequence in zip(ids, sequences, strict=True):
+            row[: len(self.prefix_ids) + len(sequence)] = torch.tensor([*self.prefix_ids, *sequence])
+        device = self.decoder.device
+        captured = capture_activations(self.decoder, ids.to(device), layers, stop_after=stop_after)
+        places = _places(rows).to(device)
+
+        def packed(hidden: Tensor) -> Tensor:
+            return hidden.flatten(0, 1)[places]
+
+        final = None if captured.final is None else packed(captured.final)
+        return Capture({layer: packed(hidden) for layer, hidden in captured.hidden.items()}, final)
+
+    def suffix(self, layer: int, hidden: Tensor, rows: Rows, *, edits: Mapping[int, Edit] | None = None) -> Tensor:
+        """See `Runner`."""
+        places, count = _places(rows).to(hidden.device), len(rows.lengths)
+
+        def padded(packed: Tensor, around: Tensor) -> Tensor:
+            return around.flatten(0, 1).index_copy(0, places, packed).unflatten(0, (count, rows.padded_length))
+
+        def on_padded(edit: Edit) -> Edit:
+            return lambda hidden: padded(edit(hidden.flatten(0, 1)[places]), hidden)
+
+        around = hidden.new_zeros(count, rows.padded_length, hidden.shape[1])
+        around[:, : rows.prefix_length] = self._prefix_hidden(layer).to(hidden)
+        final = run_suffix(
+            self.decoder,
+            layer,
+            padded(hidden, around),
+            edits={later: on_padded(edit) for later, edit in (edits or {}).items()},
+        )
+        return final.flatten(0, 1)[places]
+
+    def _prefix_hidden(self, layer: int) -> Tensor:
+        if layer not in self._prefix:
+            ids = torch.tensor([self.prefix_ids], device=self.decoder.device, dtype=torch.int64)
+            if not self.prefix_ids:
+                return self.decoder.head.weight.new_empty(0, self.decoder.hidden_size)
+            captured = capture_activations(self.decoder, ids, [layer], stop_after=layer)
+            self._prefix[layer] = captured.hidden[layer][0]
+        return self._prefix[layer]
+
+
+def _places(rows: Rows) -> Tensor:
+    """Where each token lies among B x (P + T) padded ones, (N,)."""
+    return rows.owners * rows.padded_length + rows.positions
+
+
+@dataclass
+class _Attention:
+    """What the attention of a pass has to know, and what it found."""
+
+    starts: Tensor
+    prefix: Mapping[int, tuple[Tensor, Tensor]]  # layer -> keys (P, G, E) and values (P, G, F)
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None  # filled with the keys and values of the pass
+    layers: set[int] = field(default_factory=set)  # those that came by
+
+    @contextmanager
+    def of(self, decoder: Decoder, layers: range) -> Iterator[None]:
+        """Let the decoder attend so; each of the layers has to come by.
+
+        Raises:
+            UnsupportedError: a layer has an attention of its own kind.
+        """
+        found: Iterator[Any] = (getattr(module, "config", None) for module in decoder.stack.modules())
+        configs = list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
+        own = [config._attn_implementation for config in configs]
+        token = _current.set(self)
+        try:
+            for config in configs:
+                config._attn_implementation = _NAME
+            yield
+        finally:
+            _current.reset(token)
+            for config, name in zip(configs, own, strict=True):
+                config._attn_implementation = name
+        if missing := sorted(set(layers) - self.layers):
+            raise _unsupported("every layer to take its attention from transformers' AttentionInterface", missing)
+
+
+_NAME = "cdas_fast_packed"
+_current: ContextVar[_Attention] = ContextVar(_NAME)
+
+
+@functools.cache
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attend)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,  # (1, H, N, E)
+    key: Tensor,  # (1, G, N, E)
+    value: Tensor,  # (1, G, N, F)
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer: (1, N, H, F)."""
+    attention, layer = _current.get(), int(module.layer_idx)  # type: ignore[arg-type]
+    _check_arguments(module, layer, attention_mask, dropout, sliding_window, others)
+    attention.layers.add(layer)
+    queries, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    if attention.kept is not None:
+        attention.kept[layer] = keys.detach().contiguous(), values.detach().contiguous()
+    none = keys[:0].detach(), values[:0].detach()
+    out = packed_attention(
+        queries,
+        keys,
+        values,
+        attention.starts,
+        *attention.prefix.get(layer, none),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        window=sliding_window,
+    )
+    return out[None], None
+
+
+def _check_arguments(
+    module: nn.Module,
+    layer: int,
+    attention_mask: Tensor | None,
+    dropout: float,
+    sliding_window: int | None,
+    others: Mapping[str, Any],
+) -> None:
+    if attention_mask is not None:
+        raise _unsupported("no attention mask", tuple(attention_mask.shape))
+    if dropout:
+        raise _unsupported("no dropout of attention", dropout)
+    for name in ("s_aux", "position_bias", "head_mask"):
+        if others.get(name) is not None:
+            raise _unsupported("attention without sinks, biases and head masks", name)
+    if not (others.get("is_causal", True) in (True, None) and getattr(module, "is_causal", True)):
+        raise _unsupported("causal attention", f"another one in layer {layer}")
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    kind = kinds[layer] if kinds else None
+    if kind not in (None, "full_attention", "sliding_attention"):
+        raise _unsupported("full or sliding attention", kind)
+    if kind == "sliding_attention" and sliding_window is None:
+        raise _unsupported("the window of a layer with sliding attention", "none")
+
+
+def _unsupported(wanted: str, got: object) -> UnsupportedError:
+    return UnsupportedError(expected_got("packed attention", wanted, got))
+
+
+@torch.no_grad()
+def _tried(runner: PackedRunner) -> PackedRunner:
+    """The runner, if two short rows give what the model itself makes of each."""
+    decoder, prefix = runner.decoder, runner.prefix_ids
+    vocabulary = decoder.head.weight.shape[0]
+    sequences = [[(7 * place + 3 * row + 1) % vocabulary for place in range(5 + 4 * row)] for row in range(2)]
+    middle = decoder.num_layers // 2
+    captured = runner.capture(sequences, [middle])
+    rows = Rows(tuple(map(len, sequences)), len(prefix))
+    assert captured.final is not None
+    ours = {"a whole pass": captured.final, "a suffix": runner.suffix(middle, captured.hidden[middle], rows)}
+    wholes = []
+    for sequence in sequences:
+        ids = torch.tensor([[*prefix, *sequence]], device=decoder.device)
+        whole = capture_activations(decoder, ids, []).final
+        assert whole is not None
+        wholes.append(whole[0, len(prefix) :])
+    right = torch.cat(wholes).float()
+    for name, found in ours.items():
+        error = float((found.float() - right).norm() / right.norm())
+        if not error <= pass_tolerance(decoder.dtype):
+            raise _unsupported(f"{name} to end as the model's own", f"a relative difference of {error:.2g}")
+    return runner
+
+
+def pass_tolerance(dtype: torch.dtype) -> float:
+    """Relative difference by which two ways to run the same layers may end apart: rounding in other places."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1

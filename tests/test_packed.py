@@ -1,0 +1,180 @@
+"""Rows packed behind a shared prefix end as the model's own pass over each of them, values and gradients."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CONFIGS, WINDOW, tiny_model
+from torch import Tensor, nn
+
+from cdas_fast.errors import InvalidInputError, UnsupportedError
+from cdas_fast.models import capture_activations, inspect_decoder
+from cdas_fast.models.packed import PackedRunner, PaddedRunner, Rows, make_runner, shared_prefix
+from cdas_fast.models.structure import Decoder, frozen
+from cdas_fast.models.suffix import edit_hook
+
+LAYER = 2
+PREFIX = [5, 9, 4, 11]
+SEQUENCES = [[7, 3, 8, 20, 6, 14, 9, 9, 30, 12], [31], [40, 41, 42, 6, 7]]
+ROWS = Rows(tuple(map(len, SEQUENCES)), len(PREFIX))
+RUNNERS = [PackedRunner, PaddedRunner]
+runners = pytest.mark.parametrize("runner_type", RUNNERS)
+models = pytest.mark.parametrize("name", CONFIGS)
+
+
+def whole_passes(decoder: Decoder, prefix: list[int], edits: dict[int, Any] | None = None) -> Tensor:
+    """Final hidden states beyond the prefix of each sequence by itself, by the model with ordinary hooks."""
+    handles = [decoder.layers[layer].register_forward_hook(edit_hook(edit)) for layer, edit in (edits or {}).items()]
+    try:
+        return torch.cat(
+            [
+                decoder.stack(input_ids=torch.tensor([prefix + ids]), use_cache=False)[0][0, len(prefix) :]
+                for ids in SEQUENCES
+            ]
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_rows() -> None:
+    assert ROWS.starts.tolist() == [0, 10, 11, 16]
+    assert ROWS.owners.tolist() == [0] * 10 + [1] + [2] * 5
+    assert ROWS.positions.tolist() == [*range(4, 14), 4, *range(4, 9)]
+    assert ROWS.padded_length == 14
+
+
+@pytest.mark.parametrize(
+    ("sequences", "longest", "expected"),
+    [
+        ([[1, 2, 3, 4], [1, 2, 3, 5]], 9, (1, 2, 3)),
+        ([[1, 2, 3, 4], [1, 2, 3, 5]], 2, (1, 2)),
+        ([[1, 2, 3], [1, 2, 3, 4]], 9, (1, 2)),  # the shortest keeps a token of its own
+        ([[1, 2], [2, 2]], 9, ()),
+        ([[1, 2], [1, 3]], 0, ()),
+    ],
+)
+def test_shared_prefix(sequences: list[list[int]], longest: int, expected: tuple[int, ...]) -> None:
+    assert shared_prefix(sequences, longest) == expected
+
+
+@runners
+@pytest.mark.parametrize("prefix", [PREFIX, []], ids=["prefix", "no_prefix"])
+@models
+def test_capture_is_the_models_own_pass(name: str, prefix: list[int], runner_type: Any) -> None:
+    decoder = inspect_decoder(tiny_model(name))
+    runner = runner_type(decoder, prefix)
+    captured = runner.capture(SEQUENCES, [1, LAYER])
+    early = runner.capture(SEQUENCES, [1], stop_after=LAYER)
+    with torch.no_grad():
+        torch.testing.assert_close(captured.final, whole_passes(decoder, prefix), rtol=1e-4, atol=1e-5)
+    assert early.final is None
+    for layer in (1, LAYER):
+        alone = [
+            capture_activations(decoder, torch.tensor([prefix + ids]), [layer]).hidden[layer][0, len(prefix) :]
+            for ids in SEQUENCES
+        ]
+        torch.testing.assert_close(captured.hidden[layer], torch.cat(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(early.hidden[1], captured.hidden[1])
+
+
+@runners
+@pytest.mark.parametrize("prefix", [PREFIX, []], ids=["prefix", "no_prefix"])
+@models
+def test_suffix_is_a_hooked_pass(name: str, prefix: list[int], runner_type: Any) -> None:
+    """Edits at the layer and at a later one, on the tokens beyond the prefix; the gradient of both."""
+    model = tiny_model(name)
+    decoder = inspect_decoder(model)
+    generator = torch.Generator().manual_seed(0)
+    deltas = [(0.1 * torch.randn(decoder.hidden_size, generator=generator)).requires_grad_() for _ in range(2)]
+    rows = Rows(ROWS.lengths, len(prefix))
+
+    def beyond(delta: Tensor) -> Any:
+        return lambda hidden: torch.cat([hidden[:, : len(prefix)], hidden[:, len(prefix) :] + delta], 1)
+
+    with frozen(model):
+        runner = runner_type(decoder, prefix)
+        base = runner.capture(SEQUENCES, [LAYER], stop_after=LAYER).hidden[LAYER]
+        ours = runner.suffix(LAYER, base + deltas[0], rows, edits={LAYER + 1: lambda hidden: hidden + deltas[1]})
+        theirs = whole_passes(decoder, prefix, {LAYER: beyond(deltas[0]), LAYER + 1: beyond(deltas[1])})
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(ours.shape, generator=generator)
+    for mine, right in zip(
+        *(torch.autograd.grad((each * weights).sum(), deltas) for each in (ours, theirs)), strict=True
+    ):
+        assert right.abs().max() > 1e-3
+        torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4)
+
+
+@models
+def test_auto_packs_and_leaves_the_model_as_it_was(name: str) -> None:
+    model = tiny_model(name)
+    decoder = inspect_decoder(model)
+    before = model.config._attn_implementation
+    runner = make_runner(decoder, PREFIX)
+    assert isinstance(runner, PackedRunner)
+    runner.capture(SEQUENCES, [LAYER])
+    assert model.config._attn_implementation == before
+    model(input_ids=torch.tensor([PREFIX]))
+
+
+def test_windows_matter() -> None:
+    """The cases above reach beyond the window of the models that have one."""
+    assert max(ROWS.lengths) > WINDOW
+    with torch.no_grad():
+        narrow, wide = (
+            PackedRunner(inspect_decoder(tiny_model("mistral", sliding_window=window)), PREFIX).capture(SEQUENCES, [])
+            for window in (WINDOW, 100)
+        )
+    assert narrow.final is not None
+    assert wide.final is not None
+    assert (narrow.final - wide.final).abs().max() > 1e-3
+
+
+class OwnAttention(nn.Module):
+    """An attention that does not ask transformers for its implementation."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states.cumsum(1) / hidden_states.shape[1], None
+
+
+def test_another_kind_of_attention_is_padded_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model()
+    model.model.layers[3].self_attn = OwnAttention(model.model.layers[3].self_attn)
+    decoder = inspect_decoder(model)
+    with pytest.raises(UnsupportedError, match=r"packed attention: expected every layer .* got \[3\]"):
+        make_runner(decoder, PREFIX, "packed")
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(make_runner(decoder, PREFIX), PaddedRunner)
+    assert "rows are padded, not packed: packed attention: expected every layer" in caplog.text
+
+
+class Mixing(nn.Module):
+    """A layer part that looks at its neighbours, which packed rows must not."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result: Tensor = self.inner(hidden + hidden.roll(1, 1))
+        return result
+
+
+def test_a_trial_finds_layers_that_mix_tokens() -> None:
+    model = tiny_model()
+    model.model.layers[4].mlp = Mixing(model.model.layers[4].mlp)
+    with pytest.raises(UnsupportedError, match="expected a whole pass to end as the model's own"):
+        make_runner(inspect_decoder(model), PREFIX, "packed")
+
+
+def test_other_packings_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="packing: expected auto, packed or padded, got 'dense'"):
+        make_runner(inspect_decoder(tiny_model()), PREFIX, "dense")  # type: ignore[arg-type]
