@@ -9,70 +9,12 @@
 // reading of W.
 #pragma once
 
-#include "convert.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
+#include "storage.h"
 
 namespace CDAS_ISA {
-
-// Storage types of activations: vectors of the maths in and out of memory, whole or the first `count` numbers.
-template <typename T> struct Plain {
-  using Math = T;
-  using Stored = T;
-  static CDAS_INLINE Vec<T> get(const T* p) { return load(p); }
-  static CDAS_INLINE void put(T* p, Vec<T> v) { store(p, v); }
-};
-typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
-struct Bfloat16 {
-  using Math = float;
-  using Stored = uint16_t;
-  static CDAS_INLINE Vec<float> get(const uint16_t* p) {
-#if defined(CDAS_AVX512)
-    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-#elif defined(CDAS_AVX2)
-    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-#else
-    HalfWords half;
-    std::memcpy(&half, p, sizeof(half));
-    return (Vec<float>)(__builtin_convertvector(half, Ints<float>) << 16);
-#endif
-  }
-  static CDAS_INLINE void put(uint16_t* p, Vec<float> v) {
-#ifdef CDAS_AVX512_BF16
-    const __m256bh half = _mm512_cvtneps_pbh(v);
-#else
-    const Ints<float> bits = (Ints<float>)v;
-    const Ints<float> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const HalfWords half = __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, HalfWords);
-#endif
-    std::memcpy(p, &half, sizeof(half));
-  }
-};
-struct Float16 {
-  using Math = float;
-  using Stored = uint16_t;
-  static CDAS_INLINE Vec<float> get(const uint16_t* p) {
-#if defined(CDAS_AVX512)
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(CDAS_AVX2)
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-    Vec<float> v;
-    for (int i = 0; i < kLanes<float>; ++i) v[i] = float16_to_float(p[i]);
-    return v;
-#endif
-  }
-  static CDAS_INLINE void put(uint16_t* p, Vec<float> v) {
-#if defined(CDAS_AVX512)
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(CDAS_AVX2)
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#else
-    for (int i = 0; i < kLanes<float>; ++i) p[i] = float_to_float16(v[i]);
-#endif
-  }
-};
 
 template <typename Storage> class Clamp {
   using T = typename Storage::Math;
@@ -230,31 +172,6 @@ template <typename Storage> class Clamp {
     if (d < width) body(d, width - d);
   }
 
-  static CDAS_INLINE Vec<T> get(const S* p, int64_t count) {
-    if (count == L) return Storage::get(p);
-    S padded[L] = {};
-    std::memcpy(padded, p, count * sizeof(S));
-    return Storage::get(padded);
-  }
-  static CDAS_INLINE void put(S* p, Vec<T> v, int64_t count) {
-    if (count == L) return Storage::put(p, v);
-    S padded[L];
-    Storage::put(padded, v);
-    std::memcpy(p, padded, count * sizeof(S));
-  }
-  static CDAS_INLINE Vec<T> get_plain(const T* p, int64_t count) {
-    if (count == L) return load(p);
-    T padded[L] = {};
-    std::memcpy(padded, p, count * sizeof(T));
-    return load(padded);
-  }
-  static CDAS_INLINE void put_plain(T* p, Vec<T> v, int64_t count) {
-    if (count == L) return store(p, v);
-    T padded[L];
-    store(padded, v);
-    std::memcpy(p, padded, count * sizeof(T));
-  }
-
   // out[i][r] = W_r . x_i
   template <int COUNT>
   CDAS_INLINE void project(const T* w, const S* x, int64_t stride, const int64_t* rows, T* out) const {
@@ -276,8 +193,8 @@ template <typename Storage> class Clamp {
       }
       for (; d < width; d += L) {
         const int64_t count = width - d < L ? width - d : L;
-        const Vec<T> y = get_plain(direction + d, count);
-        for (int i = 0; i < COUNT; ++i) even[i] += get(from[i] + d, count) * y;
+        const Vec<T> y = read<Plain<T>>(direction + d, count);
+        for (int i = 0; i < COUNT; ++i) even[i] += read<Storage>(from[i] + d, count) * y;
       }
       for (int i = 0; i < COUNT; ++i) out[i * a.rank + r] = sum_of_lanes<T>(even[i] + odd[i]);
     }
@@ -297,13 +214,13 @@ template <typename Storage> class Clamp {
     const int64_t rank = a.rank, width = a.width;
     for_columns([&](int64_t d, int64_t count) __attribute__((always_inline)) {
       Vec<T> y[COUNT];
-      const Vec<T> direction = get_plain(w + d, count);
-      for (int i = 0; i < COUNT; ++i) y[i] = get(from[i] + d, count) + first[i] * direction;
+      const Vec<T> direction = read<Plain<T>>(w + d, count);
+      for (int i = 0; i < COUNT; ++i) y[i] = read<Storage>(from[i] + d, count) + first[i] * direction;
       for (int64_t r = 1; r < rank; ++r) {
-        const Vec<T> next = get_plain(w + r * width + d, count);
+        const Vec<T> next = read<Plain<T>>(w + r * width + d, count);
         for (int i = 0; i < COUNT; ++i) y[i] += factor[i * rank + r] * next;
       }
-      for (int i = 0; i < COUNT; ++i) put(to[i] + d, y[i], count);
+      for (int i = 0; i < COUNT; ++i) write<Storage>(to[i] + d, y[i], count);
     });
   }
 
@@ -321,12 +238,12 @@ template <typename Storage> class Clamp {
       }
       for_columns([&](int64_t d, int64_t count) __attribute__((always_inline)) {
         T* const at = sum + r * a.width + d;
-        Vec<T> x = get_plain(at, count);
+        Vec<T> x = read<Plain<T>>(at, count);
         for (int i = 0; i < COUNT; ++i) {
-          x += of_g[i] * get(g[i] + d, count);
-          x += of_h[i] * get(h[i] + d, count);
+          x += of_g[i] * read<Storage>(g[i] + d, count);
+          x += of_h[i] * read<Storage>(h[i] + d, count);
         }
-        put_plain(at, x, count);
+        write<Plain<T>>(at, x, count);
       });
     }
   }
