@@ -103,6 +103,10 @@ void cdas_head_loss(const CdasHeadLoss* args) { in_use->kernels->head_loss(args)
 int64_t cdas_clamp_workspace(const CdasClamp* args) { return in_use->kernels->clamp_workspace(args); }
 void cdas_clamp_forward(const CdasClamp* args) { in_use->kernels->clamp_forward(args); }
 void cdas_clamp_backward(const CdasClamp* args) { in_use->kernels->clamp_backward(args); }
+void cdas_rms_norm_forward(const CdasRmsNorm* args) { in_use->kernels->rms_norm_forward(args); }
+void cdas_rms_norm_backward(const CdasRmsNorm* args) { in_use->kernels->rms_norm_backward(args); }
+void cdas_gated_activation_forward(const CdasGatedActivation* args) { in_use->kernels->gated_activation_forward(args); }
+void cdas_gated_activation_backward(const CdasGatedActivation* args) { in_use->kernels->gated_activation_backward(args); }
 
 }  // extern "C"
 #pragma GCC visibility pop
