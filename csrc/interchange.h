@@ -193,8 +193,8 @@ template <typename Storage> class Clamp {
       }
       for (; d < width; d += L) {
         const int64_t count = width - d < L ? width - d : L;
-        const Vec<T> y = get_some<Plain<T>>(direction + d, count);
-        for (int i = 0; i < COUNT; ++i) even[i] += get_some<Storage>(from[i] + d, count) * y;
+        const Vec<T> y = read<Plain<T>>(direction + d, count);
+        for (int i = 0; i < COUNT; ++i) even[i] += read<Storage>(from[i] + d, count) * y;
       }
       for (int i = 0; i < COUNT; ++i) out[i * a.rank + r] = sum_of_lanes<T>(even[i] + odd[i]);
     }
@@ -214,13 +214,13 @@ template <typename Storage> class Clamp {
     const int64_t rank = a.rank, width = a.width;
     for_columns([&](int64_t d, int64_t count) __attribute__((always_inline)) {
       Vec<T> y[COUNT];
-      const Vec<T> direction = get_some<Plain<T>>(w + d, count);
-      for (int i = 0; i < COUNT; ++i) y[i] = get_some<Storage>(from[i] + d, count) + first[i] * direction;
+      const Vec<T> direction = read<Plain<T>>(w + d, count);
+      for (int i = 0; i < COUNT; ++i) y[i] = read<Storage>(from[i] + d, count) + first[i] * direction;
       for (int64_t r = 1; r < rank; ++r) {
-        const Vec<T> next = get_some<Plain<T>>(w + r * width + d, count);
+        const Vec<T> next = read<Plain<T>>(w + r * width + d, count);
         for (int i = 0; i < COUNT; ++i) y[i] += factor[i * rank + r] * next;
       }
-      for (int i = 0; i < COUNT; ++i) put_some<Storage>(to[i] + d, y[i], count);
+      for (int i = 0; i < COUNT; ++i) write<Storage>(to[i] + d, y[i], count);
     });
   }
 
@@ -238,12 +238,12 @@ template <typename Storage> class Clamp {
       }
       for_columns([&](int64_t d, int64_t count) __attribute__((always_inline)) {
         T* const at = sum + r * a.width + d;
-        Vec<T> x = get_some<Plain<T>>(at, count);
+        Vec<T> x = read<Plain<T>>(at, count);
         for (int i = 0; i < COUNT; ++i) {
-          x += of_g[i] * get_some<Storage>(g[i] + d, count);
-          x += of_h[i] * get_some<Storage>(h[i] + d, count);
+          x += of_g[i] * read<Storage>(g[i] + d, count);
+          x += of_h[i] * read<Storage>(h[i] + d, count);
         }
-        put_some<Plain<T>>(at, x, count);
+        write<Plain<T>>(at, x, count);
       });
     }
   }

@@ -11,6 +11,8 @@ enum CdasDtype : int32_t { CDAS_FLOAT32 = 0, CDAS_FLOAT64 = 1, CDAS_BFLOAT16 = 2
 
 enum CdasDivergence : int32_t { CDAS_JSD = 0, CDAS_FORWARD_KL = 1, CDAS_REVERSE_KL = 2, CDAS_LOGPROB = 3 };
 
+enum CdasActivation : int32_t { CDAS_SILU = 0, CDAS_GELU_TANH = 1 };
+
 struct CdasMatrix {
   const void* data;
   int64_t row_stride, column_stride;  // in elements
@@ -83,6 +85,35 @@ struct CdasPackedAttention {
   int32_t dtype, threads;
 };
 
+// Rows, each contiguous, at two strides: row r lies at (r / inner) outer_stride + (r % inner) inner_stride.
+struct CdasRows {
+  const void* data;
+  int64_t inner, inner_stride, outer_stride;  // the strides in elements; inner > 0
+};
+
+// RMS norm of rows, see elementwise.h. Activations have the dtype named, the factor that of the maths.
+struct CdasRmsNorm {
+  int64_t rows, width;
+  CdasRows x;          // {rows, width}
+  CdasRows grad_out;   // {rows, width}, backward only
+  const void* factor;  // {width}
+  void* out;           // {rows, width}, contiguous: y, or the gradient of x
+  double eps;
+  int32_t round_normalized;  // whether n is rounded to the dtype of x before the product, forward only
+  int32_t dtype, threads;
+};
+
+// The activation of a gate times what it gates, see elementwise.h. All have one dtype.
+struct CdasGatedActivation {
+  int64_t rows, width;
+  CdasRows gate, up;  // {rows, width}
+  CdasRows grad_out;  // {rows, width}, backward only
+  void* out;          // {rows, width}, contiguous, forward only
+  void* grad_gate;    // {rows, width}, contiguous, or null
+  void* grad_up;      // {rows, width}, contiguous, or null
+  int32_t activation, dtype, threads;
+};
+
 struct CdasKernels {
   int64_t (*head_loss_rows)(int32_t dtype);  // rows that are done as one; fewer are best a multiple of a quarter of them
   int64_t (*head_loss_workspace)(const CdasHeadLoss*);
@@ -93,4 +124,8 @@ struct CdasKernels {
   int64_t (*packed_attention_workspace)(const CdasPackedAttention*);
   void (*packed_attention_forward)(const CdasPackedAttention*);
   void (*packed_attention_backward)(const CdasPackedAttention*);
+  void (*rms_norm_forward)(const CdasRmsNorm*);
+  void (*rms_norm_backward)(const CdasRmsNorm*);
+  void (*gated_activation_forward)(const CdasGatedActivation*);
+  void (*gated_activation_backward)(const CdasGatedActivation*);
 };

@@ -108,6 +108,10 @@ int64_t cdas_packed_attention_workspace(const CdasPackedAttention* args) {
 }
 void cdas_packed_attention_forward(const CdasPackedAttention* args) { in_use->kernels->packed_attention_forward(args); }
 void cdas_packed_attention_backward(const CdasPackedAttention* args) { in_use->kernels->packed_attention_backward(args); }
+void cdas_rms_norm_forward(const CdasRmsNorm* args) { in_use->kernels->rms_norm_forward(args); }
+void cdas_rms_norm_backward(const CdasRmsNorm* args) { in_use->kernels->rms_norm_backward(args); }
+void cdas_gated_activation_forward(const CdasGatedActivation* args) { in_use->kernels->gated_activation_forward(args); }
+void cdas_gated_activation_backward(const CdasGatedActivation* args) { in_use->kernels->gated_activation_backward(args); }
 
 }  // extern "C"
 #pragma GCC visibility pop

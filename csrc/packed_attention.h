@@ -138,14 +138,14 @@ template <typename Storage> class PackedAttention {
       grad_key = base + p.at.grad_key;
       grad_value = base + p.at.grad_value;
       const int64_t keys = a.prefix + count;
-      read(a.prefix_key, 0, group, a.prefix, a.width, T(1), key, keys);
-      read(a.key, first, group, count, a.width, T(1), key, keys, a.prefix);
-      read(a.prefix_value, 0, group, a.prefix, a.value_width, T(1), value, keys);
-      read(a.value, first, group, count, a.value_width, T(1), value, keys, a.prefix);
+      read_tokens(a.prefix_key, 0, group, a.prefix, a.width, T(1), key, keys);
+      read_tokens(a.key, first, group, count, a.width, T(1), key, keys, a.prefix);
+      read_tokens(a.prefix_value, 0, group, a.prefix, a.value_width, T(1), value, keys);
+      read_tokens(a.value, first, group, count, a.value_width, T(1), value, keys, a.prefix);
     }
 
     // Tokens of a head, times a factor, into panels of `rows` rows, from row `to` on. Columns beyond the last are zero.
-    static void read(const CdasHeads& from, int64_t token, int64_t head, int64_t count, int64_t width, T factor, T* out,
+    static void read_tokens(const CdasHeads& from, int64_t token, int64_t head, int64_t count, int64_t width, T factor, T* out,
                      int64_t rows, int64_t to = 0) {
       for_panels(width, [&](int64_t column, auto vectors) {
         constexpr int kLine = decltype(vectors)::value * L;
@@ -153,13 +153,13 @@ template <typename Storage> class PackedAttention {
         for (int64_t i = 0; i < count; ++i, line += kLine) {
           const S* const data = static_cast<const S*>(from.data) + (token + i) * from.token_stride + head * from.head_stride;
           for (int j = 0; j < kLine; j += L)
-            store(line + j, factor * get_some<Storage>(data + column + j, width - column - j));
+            store(line + j, factor * read<Storage>(data + column + j, width - column - j));
         }
       });
     }
 
     // Panels of `rows` rows, times a factor, to the tokens of a head of a contiguous tensor.
-    static void write(const T* from, int64_t rows, int64_t count, int64_t width, T factor, void* out, int64_t token,
+    static void write_tokens(const T* from, int64_t rows, int64_t count, int64_t width, T factor, void* out, int64_t token,
                       int64_t head, int64_t heads) {
       for_panels(width, [&](int64_t column, auto vectors) {
         constexpr int kLine = decltype(vectors)::value * L;
@@ -167,7 +167,7 @@ template <typename Storage> class PackedAttention {
         for (int64_t i = 0; i < count; ++i, line += kLine) {
           S* const data = static_cast<S*>(out) + ((token + i) * heads + head) * width;
           for (int j = 0; j < kLine; j += L)
-            put_some<Storage>(data + column + j, factor * load(line + j), width - column - j);
+            write<Storage>(data + column + j, factor * load(line + j), width - column - j);
         }
       });
     }
@@ -238,7 +238,7 @@ template <typename Storage> class PackedAttention {
       constexpr int kLine = VECTORS * L;
       const int64_t queries = less(count - from, kBlock), nearest = a.prefix + from;
       const Range range = seen(from, queries);
-      read(a.query, first + from, head, queries, a.width, T(a.scale), query, kBlock);
+      read_tokens(a.query, first + from, head, queries, a.width, T(a.scale), query, kBlock);
       transpose<VECTORS>(query, queries, a.width, query_columns);
       multiply_rows<VECTORS>(key, a.prefix + count, range.begin, range.end, a.width, query_columns, scores);
       const T cap = T(a.softcap), over_cap = T(a.softcap > 0 ? 1 / a.softcap : 0);
@@ -294,7 +294,7 @@ template <typename Storage> class PackedAttention {
           for (int j = 0; j < kColumns; j += L) store(line + j, load(line + j) / sums[i]);
         });
       }
-      write(result, kBlock, queries, a.value_width, T(1), a.out, first + from, head, a.heads);
+      write_tokens(result, kBlock, queries, a.value_width, T(1), a.out, first + from, head, a.heads);
     }
 
     template <int VECTORS> void backward(int64_t head, int64_t from) const {
@@ -302,7 +302,7 @@ template <typename Storage> class PackedAttention {
       const int64_t queries = less(count - from, kBlock);
       const Range range = make_scores<VECTORS>(head, from);
       const int64_t keys = range.end - range.begin, all = a.prefix + count;
-      read(a.grad_out, first + from, head, queries, a.value_width, T(1), grad_out, kBlock);
+      read_tokens(a.grad_out, first + from, head, queries, a.value_width, T(1), grad_out, kBlock);
       transpose<VECTORS>(grad_out, queries, a.value_width, grad_out_columns);
       multiply_rows<VECTORS>(value, all, range.begin, range.end, a.value_width, grad_out_columns, grad_scores);
       T log_sums[kLine] = {};
@@ -333,12 +333,12 @@ template <typename Storage> class PackedAttention {
       add_outer<VECTORS>(scores + skipped, own - a.prefix, range.end - a.prefix, queries, grad_out, a.value_width, grad_value);
       add_outer<VECTORS>(grad_scores + skipped, own - a.prefix, range.end - a.prefix, queries, query, a.width, grad_key);
       combine_rows<VECTORS>(grad_scores, queries, key, all, range.begin, range.end, a.width, result);
-      write(result, kBlock, queries, a.width, T(a.scale), a.grad_query, first + from, head, a.heads);
+      write_tokens(result, kBlock, queries, a.width, T(a.scale), a.grad_query, first + from, head, a.heads);
     }
 
     void write_grads() const {
-      write(grad_key, p.longest, count, a.width, T(1), a.grad_key, first, group, a.groups);
-      write(grad_value, p.longest, count, a.value_width, T(1), a.grad_value, first, group, a.groups);
+      write_tokens(grad_key, p.longest, count, a.width, T(1), a.grad_key, first, group, a.groups);
+      write_tokens(grad_value, p.longest, count, a.value_width, T(1), a.grad_value, first, group, a.groups);
     }
   };
 

@@ -1,4 +1,4 @@
-// Storage types of activations: vectors of the maths in and out of memory, whole or the first few numbers.
+// Storage types of activations: vectors of the maths in and out of memory, or rounded as if they had been there.
 #pragma once
 
 #include "convert.h"
@@ -11,6 +11,7 @@ template <typename T> struct Plain {
   using Stored = T;
   static CDAS_INLINE Vec<T> get(const T* p) { return load(p); }
   static CDAS_INLINE void put(T* p, Vec<T> v) { store(p, v); }
+  static CDAS_INLINE Vec<T> round(Vec<T> v) { return v; }
 };
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 struct Bfloat16 {
@@ -37,6 +38,10 @@ struct Bfloat16 {
 #endif
     std::memcpy(p, &half, sizeof(half));
   }
+  static CDAS_INLINE Vec<float> round(Vec<float> v) {
+    const Ints<float> bits = (Ints<float>)v;
+    return v == v ? (Vec<float>)((bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff) : v;
+  }
 };
 struct Float16 {
   using Math = float;
@@ -61,24 +66,35 @@ struct Float16 {
     for (int i = 0; i < kLanes<float>; ++i) p[i] = float_to_float16(v[i]);
 #endif
   }
+  static CDAS_INLINE Vec<float> round(Vec<float> v) {
+#if defined(CDAS_AVX512)
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(CDAS_AVX2)
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) v[i] = float16_to_float(float_to_float16(v[i]));
+    return v;
+#endif
+  }
 };
 
-// The first `count` numbers at p and zeros, or as many as a vector has if there are more.
+// A vector of the maths from the first `count` numbers at p, zeros behind them; all of it if there are more.
 template <typename Storage>
-CDAS_INLINE Vec<typename Storage::Math> get_some(const typename Storage::Stored* p, int64_t count) {
+CDAS_INLINE Vec<typename Storage::Math> read(const typename Storage::Stored* p, int64_t count) {
   constexpr int L = kLanes<typename Storage::Math>;
   if (count >= L) return Storage::get(p);
-  typename Storage::Stored some[L] = {};
-  if (count > 0) std::memcpy(some, p, count * sizeof(some[0]));
-  return Storage::get(some);
+  typename Storage::Stored padded[L] = {};
+  if (count > 0) std::memcpy(padded, p, count * sizeof(*p));
+  return Storage::get(padded);
 }
+// The first `count` numbers of a vector to p.
 template <typename Storage>
-CDAS_INLINE void put_some(typename Storage::Stored* p, Vec<typename Storage::Math> v, int64_t count) {
+CDAS_INLINE void write(typename Storage::Stored* p, Vec<typename Storage::Math> v, int64_t count) {
   constexpr int L = kLanes<typename Storage::Math>;
   if (count >= L) return Storage::put(p, v);
-  typename Storage::Stored some[L];
-  Storage::put(some, v);
-  if (count > 0) std::memcpy(p, some, count * sizeof(some[0]));
+  typename Storage::Stored padded[L];
+  Storage::put(padded, v);
+  if (count > 0) std::memcpy(p, padded, count * sizeof(*p));
 }
 
 }  // namespace CDAS_ISA

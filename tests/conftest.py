@@ -11,6 +11,8 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
+from cdas_fast.ops import cpu_library
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -49,6 +51,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(own)
+
+
+@pytest.fixture(params=["reference", *(cpu_library.instruction_sets() if cpu_library.available() else [])])
+def each_impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The reference, and the C++ kernels of every instruction set that this machine can run."""
+    if request.param == "reference":
+        yield "reference"
+        return
+    library, best = cpu_library.load(), cpu_library.instruction_set()
+    assert library.cdas_use_instruction_set(request.param.encode())
+    yield "cpp"
+    assert library.cdas_use_instruction_set(best.encode())
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdas_fast.errors import InvalidInputError, MissingDependencyError, UnsupportedError
+from cdas_fast.errors import InvalidInputError, UnsupportedError
 from cdas_fast.ops import cpu_library
 from cdas_fast.ops.packed_attention import packed_attention
 
@@ -223,17 +223,10 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 @implementations
 @pytest.mark.parametrize("case", ["one_row", "softcap_and_window"])
-def test_registration(case: str, impl: Any) -> None:
+def test_compiles_into_one_graph(case: str, impl: Any) -> None:
     options = CASES[case]
     problem = Problem(**options)
-    numbers = (0.25, options.get("softcap", 0.0), options.get("window", 0), impl)
     inputs = tuple(each.requires_grad_() for each in problem.inputs)
-    ops = torch.ops.cdas_fast
-    torch.library.opcheck(ops.packed_attention.default, (*inputs, problem.starts, *problem.prefix, *numbers))
-    _, log_sum = ops.packed_attention(*problem.inputs, problem.starts, *problem.prefix, *numbers)
-    plain = tuple(each.detach() for each in inputs)
-    arguments = (problem.grad_out, *plain, problem.starts, *problem.prefix, log_sum.detach(), *numbers)
-    torch.library.opcheck(ops.packed_attention_backward.default, arguments)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(*tensors: Tensor) -> Tensor:
@@ -294,5 +287,5 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 
 def test_there_is_no_triton_kernel() -> None:
     problem = Problem([3])
-    with pytest.raises(MissingDependencyError, match="impl='triton' does not exist"):
+    with pytest.raises(UnsupportedError, match="There is no Triton kernel of this op"):
         problem.run("triton")

@@ -14,7 +14,9 @@ from torch import Tensor
 from cdas_fast import clamp, interchange, linear_cross_entropy, linear_jsd, linear_kl, linear_logprob
 from cdas_fast.errors import InvalidInputError, MissingDependencyError, UnsupportedError
 from cdas_fast.ops import cpu_library
+from cdas_fast.ops.gated_activation import gated_activation
 from cdas_fast.ops.implementation import choose_implementation
+from cdas_fast.ops.rms_norm import rms_norm
 
 WIDTH, VOCABULARY, RANK, CONCEPTS = 5, 11, 2, 3
 GENERATOR = torch.Generator().manual_seed(0)
@@ -59,12 +61,18 @@ SUBSPACE: dict[str, Function] = {
     ),
     "clamp": lambda x, **more: clamp(x.hidden, 0.5, x.direction[0], mask=x.mask, **more),
 }
-FUNCTIONS = HEAD_LOSSES | SUBSPACE
+ELEMENTWISE: dict[str, Function] = {
+    "rms_norm": lambda x, **more: rms_norm(x.hidden, WEIGHT[0], 1e-6, offset=1.0, **more),
+    "gated_activation": lambda x, **more: gated_activation(x.hidden, x.other, **more),
+}
+FUNCTIONS = HEAD_LOSSES | SUBSPACE | ELEMENTWISE
 # function and what of its inputs is trained
 TRAINED = [
     *((name, ("hidden",)) for name in HEAD_LOSSES),
     *(("interchange", trained) for trained in (("hidden",), ("other",), ("direction",), ("hidden", "direction"))),
     *(("clamp", trained) for trained in (("hidden",), ("direction",))),
+    ("rms_norm", ("hidden",)),
+    *(("gated_activation", trained) for trained in (("hidden",), ("other",), ("hidden", "other"))),
 ]
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 each_trained = pytest.mark.parametrize(
@@ -104,6 +112,8 @@ def samples() -> list[Any]:
             needs = (bool(need & 1), bool(need & 2), bool(need & 4))
             read = (hidden, value) if needs[2] else (None, None)
             backwards.append((torch.randn_like(hidden), *read, direction, *where, *needs, "reference"))
+    queries = torch.randn(5, 4, 6), torch.randn(5, 2, 6), torch.randn(5, 2, 3)
+    constants = torch.tensor([0, 2, 5]), torch.randn(2, 2, 6), torch.randn(2, 2, 3)
     arguments: dict[str, list[tuple[Any, ...]]] = {
         "linear_jsd": [
             (leaf(x.hidden), x.other, WEIGHT, BIAS, None, None, "jsd", *head, 0.3, *last, True),
@@ -120,6 +130,29 @@ def samples() -> list[Any]:
         "clamp": clamps,
         "clamp_backward": backwards,
         "project": projections,
+        "rms_norm": [
+            (leaf(x.hidden), WEIGHT[0].bfloat16(), 1e-6, 0.0, True, "reference"),
+            (torch.randn(2, WIDTH, 3).mT, WEIGHT[0], 1e-6, 1.0, False, "reference"),
+        ],
+        "rms_norm_backward": [
+            (torch.randn(2, WIDTH, 3).mT, torch.randn(2, 3, WIDTH), WEIGHT[0], 1e-6, 1.0, False, "reference")
+        ],
+        "gated_activation": [
+            (leaf(x.hidden), leaf(x.other), "silu", "reference"),
+            (*leaf(torch.randn(3, 2 * WIDTH)).chunk(2, -1), "gelu_tanh", "reference"),
+            (x.hidden, leaf(x.other), "silu", "reference"),
+        ],
+        "gated_activation_backward": [
+            (x.hidden, *torch.randn(4, 2 * WIDTH).bfloat16().chunk(2, -1), "silu", *needs, "reference")
+            for needs in ((True, True), (True, False), (False, True))
+        ],
+        "packed_attention": [
+            (*map(leaf, queries), *constants, 0.5, 0.0, 0, "reference"),
+            (queries[0].mT.contiguous().mT, *map(leaf, queries[1:]), *constants, 0.5, 2.0, 3, "reference"),
+        ],
+        "packed_attention_backward": [
+            (torch.randn(5, 4, 3), *queries, *constants, torch.randn(5, 4), 0.5, 2.0, 3, "reference")
+        ],
     }
     return [
         pytest.param(name, each, id=f"{name}-{number}")
@@ -277,7 +310,7 @@ def test_autocast_changes_nothing(name: str, trained: tuple[str, ...], dtype: to
 
 @each_function
 def test_autocast_changes_nothing_in_a_compiled_function(name: str) -> None:
-    trained = "hidden" if name in HEAD_LOSSES else "direction"
+    trained = "direction" if name in SUBSPACE else "hidden"
     inputs, leaves = train(make_inputs(), (trained,))
 
     def function(x: Inputs) -> Tensor:
@@ -302,7 +335,9 @@ def test_implementation_takes_part_in_the_tests(impl: str) -> None:
     reason = {"cpp": cpu_library.why_not(), "triton": "needs TRITON_INTERPRET=1"}[impl]
     if impl not in IMPLEMENTATIONS:
         pytest.skip(reason)
-    for function in FUNCTIONS.values():
+    for name, function in FUNCTIONS.items():
+        if impl == "triton" and name in ELEMENTWISE:
+            continue
         expected = function(make_inputs(), impl="reference")
         torch.testing.assert_close(function(make_inputs(), impl=impl), expected, rtol=1e-5, atol=1e-5)
 
@@ -415,6 +450,21 @@ def test_refused(impl: str, device: str, error: type[Exception], message: str, m
     machine()
     with pytest.raises(error, match=f"^op: {message}"):
         choose_implementation("op", impl, torch.device(device))
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_there_is_no_triton_kernel_of(name: str) -> None:
+    message = rf"{name}: impl: expected auto, reference or cpp, got 'triton'\. There is no Triton kernel of this op"
+    with pytest.raises(UnsupportedError, match=message):
+        FUNCTIONS[name](make_inputs(), impl="triton")
+
+
+def test_an_op_without_triton_takes_the_reference_on_a_gpu(machine: Callable[..., None]) -> None:
+    machine(library=True, triton=True)
+    gpu = torch.device("cuda")
+    assert choose_implementation("op", "auto", gpu, has_triton=False) == "reference"
+    with pytest.raises(InvalidInputError, match=r"Move the tensors to the CPU, or use impl='reference' or 'auto'"):
+        choose_implementation("op", "cpp", gpu, has_triton=False)
 
 
 @each_function

@@ -22,6 +22,7 @@ ENVIRONMENT_VARIABLE = "CDAS_FAST_CPU"
 KEPT_BYTES = 128 * 2**20
 _kept = threading.local()
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 DIVERGENCES = {"jsd": 0, "forward_kl": 1, "reverse_kl": 2, "logprob": 3}
 
 
@@ -85,6 +86,35 @@ class PackedAttention(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    """`CdasRows` of csrc/kernels.h."""
+
+    _fields_ = (("data", c_void_p), *((name, c_int64) for name in ("inner", "inner_stride", "outer_stride")))
+
+
+class RmsNorm(ctypes.Structure):
+    """`CdasRmsNorm` of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "width")),
+        *((name, Rows) for name in ("x", "grad_out")),
+        *((name, c_void_p) for name in ("factor", "out")),
+        ("eps", c_double),
+        *((name, c_int32) for name in ("round_normalized", "dtype", "threads")),
+    )
+
+
+class GatedActivation(ctypes.Structure):
+    """`CdasGatedActivation` of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "width")),
+        *((name, Rows) for name in ("gate", "up", "grad_out")),
+        *((name, c_void_p) for name in ("out", "grad_gate", "grad_up")),
+        *((name, c_int32) for name in ("activation", "dtype", "threads")),
+    )
+
+
 def available() -> bool:
     """Whether the library was built and can be loaded."""
     return _file() is not None
@@ -141,6 +171,10 @@ def load() -> ctypes.CDLL:
         ("cdas_packed_attention_workspace", c_int64, (POINTER(PackedAttention),)),
         ("cdas_packed_attention_forward", None, (POINTER(PackedAttention),)),
         ("cdas_packed_attention_backward", None, (POINTER(PackedAttention),)),
+        ("cdas_rms_norm_forward", None, (POINTER(RmsNorm),)),
+        ("cdas_rms_norm_backward", None, (POINTER(RmsNorm),)),
+        ("cdas_gated_activation_forward", None, (POINTER(GatedActivation),)),
+        ("cdas_gated_activation_backward", None, (POINTER(GatedActivation),)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = restype, argtypes

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from cdas_fast.errors import InvalidInputError, MissingDependencyError, expected_got
+from cdas_fast.errors import InvalidInputError, MissingDependencyError, UnsupportedError, expected_got
 from cdas_fast.ops import cpu_library
 
 Implementation = Literal["auto", "reference", "cpp", "triton"]
@@ -18,31 +18,35 @@ SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def choose_implementation(
-    op: str, impl: str, device: torch.device, dtype: torch.dtype = torch.float32
+    op: str, impl: str, device: torch.device, dtype: torch.dtype = torch.float32, *, has_triton: bool = True
 ) -> ChosenImplementation:
     """Name the implementation of `op` that runs on `device` for maths in `dtype`.
 
     `auto` takes the fastest one that exists: `triton` on a GPU of NVIDIA or AMD (torch calls both cuda) if triton is
     installed, `cpp` on a CPU if the compiled library is there, `reference` otherwise, and for float64 on a GPU, whose
     kernels take the numbers of the formula as float32. One asked for by name runs or raises: nothing falls back
-    silently.
+    silently. An op without a Triton kernel says so by `has_triton`; on a GPU `auto` then takes `reference`.
     """
     check_implementation(op, impl)
     match impl:
         case "auto":
-            if device.type == "cuda" and dtype != torch.float64 and _triton_is_installed():
+            if has_triton and device.type == "cuda" and dtype != torch.float64 and _triton_is_installed():
                 return "triton"
             if device.type == "cpu" and cpu_library.available():
                 return "cpp"
             return "reference"
         case "cpp":
             if device.type != "cpu":
-                remedy = "Move the tensors to the CPU, or use impl='triton', 'reference' or 'auto'."
+                others = "'triton', 'reference' or 'auto'" if has_triton else "'reference' or 'auto'"
+                remedy = f"Move the tensors to the CPU, or use impl={others}."
                 raise InvalidInputError(expected_got(f"{op}: impl='cpp'", "tensors on cpu", f"one on {device}", remedy))
             if not cpu_library.available():
                 raise MissingDependencyError(f"{op}: impl='cpp': {cpu_library.why_not()}")
             return "cpp"
         case "triton":
+            if not has_triton:
+                remedy = "There is no Triton kernel of this op."
+                raise UnsupportedError(expected_got(f"{op}: impl", "auto, reference or cpp", "'triton'", remedy))
             if device.type != "cuda" and not (device.type == "cpu" and _triton_interprets()):
                 remedy = "Move the tensors to a GPU, or use impl='cpp', 'reference' or 'auto'."
                 what = f"{op}: impl='triton'"

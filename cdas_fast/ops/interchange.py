@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
+from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.ops.implementation import (
     Implementation,
     check_implementation,
@@ -32,7 +32,7 @@ from cdas_fast.ops.implementation import (
     require_floating,
     without_autocast,
 )
-from cdas_fast.ops.registration import register
+from cdas_fast.ops.registration import no_second_derivative, register
 
 
 def interchange(
@@ -350,10 +350,6 @@ def _clamp_backward_fake(
     return gradients
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise UnsupportedError("clamp and interchange have no second derivative")
-
-
 def _project_kernel(source: Tensor, direction: Tensor, direction_index: Tensor | None, impl: str) -> Tensor:
     with without_autocast(source.device):
         return _functions("interchange", impl, direction).project(source, direction, direction_index)
@@ -388,7 +384,7 @@ _clamp_backward_op = register(
     "Tensor? direction_index, bool need_hidden, bool need_value, bool need_direction, str impl) -> Tensor[]",
     _clamp_backward_kernel,
     fake=_clamp_backward_fake,
-    backward=_no_second_derivative,
+    backward=no_second_derivative("clamp and interchange have"),
 )
 _project = register(
     "project(Tensor source, Tensor direction, Tensor? direction_index, str impl) -> Tensor",

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cdas_fast.errors import InvalidInputError, MissingDependencyError, UnsupportedError, expected_got
+from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
 from cdas_fast.ops.implementation import (
     Implementation,
     check_implementation,
@@ -80,6 +80,7 @@ def packed_attention(
     Raises:
         InvalidInputError: shapes, dtypes, devices or starts that do not fit; a prefix that requires a gradient.
         MissingDependencyError: an implementation that is not installed.
+        UnsupportedError: `impl="triton"`, of which there is none.
     """
     tensors = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
     _check(tensors, starts, scaling, softcap, window)
@@ -219,17 +220,11 @@ def _scores(query: Tensor, keys: Tensor, scaling: float, softcap: float, window:
 
 
 def _functions(impl: str, device: torch.device, dtype: torch.dtype) -> Functions:
-    if impl == "triton":
-        raise MissingDependencyError("packed_attention: impl='triton' does not exist; use auto, reference or cpp")
-    if impl == "auto" and device.type != "cpu":
-        return Reference()
-    match choose_implementation("packed_attention", impl, device, dtype):
-        case "cpp":
-            from cdas_fast.ops import packed_attention_cpp
+    if choose_implementation("packed_attention", impl, device, dtype, has_triton=False) == "cpp":
+        from cdas_fast.ops import packed_attention_cpp
 
-            return packed_attention_cpp
-        case _:
-            return Reference()
+        return packed_attention_cpp
+    return Reference()
 
 
 def _kernel(

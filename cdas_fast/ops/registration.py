@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from cdas_fast.errors import UnsupportedError
+
 _LIBRARY = torch.library.Library("cdas_fast", "FRAGMENT")
 
 
@@ -38,3 +40,12 @@ def register(
     if backward is not None:
         torch.library.register_autograd(f"cdas_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.cdas_fast, name).default
+
+
+def no_second_derivative(what: str) -> Callable[..., None]:
+    """A `backward` for the op that makes the gradients: it refuses, in the name of `what`."""
+
+    def backward(ctx: Any, *_: Any) -> None:
+        raise UnsupportedError(f"{what} no second derivative")
+
+    return backward

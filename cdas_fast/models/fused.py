@@ -1,0 +1,238 @@
+"""RMS norms and gated MLPs of a frozen decoder by the fused ops, which make fewer passes over memory than the modules.
+
+A module is known by its structure, and is replaced only if it does what the op does: once for each kind of module, both
+are run on random inputs, and their values and the gradients of the input compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdas_fast.models.structure import Decoder
+from cdas_fast.ops.gated_activation import Activation, gated_activation
+from cdas_fast.ops.implementation import Implementation, choose_implementation, without_autocast
+from cdas_fast.ops.rms_norm import rms_norm
+
+Forward = Callable[..., Any]
+Function = Callable[[nn.Module, Tensor], Tensor]  # what a kind of module computes, of a module and its input
+
+RMS_NORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, round_normalized
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What `fused_elementwise` has replaced."""
+
+    norms: int
+    mlps: int
+    left_alone: tuple[str, ...]  # classes of the other norms and MLPs, in alphabetical order
+
+    def __str__(self) -> str:
+        rest = f"; left alone: {', '.join(self.left_alone)}" if self.left_alone else ""
+        return f"{self.norms} norms and {self.mlps} MLPs{rest}"
+
+
+@contextmanager
+def fused_elementwise(decoder: Decoder, impl: Implementation = "auto") -> Iterator[Fused]:
+    """Within the context, the norms and MLPs of the decoder run by `rms_norm` and `gated_activation`.
+
+    This sets `forward` on instances of modules, and takes it off again: the RMS norms of the layers and the final one,
+    and the MLPs act(gate) up whose activation is SiLU or the tanh approximation of GELU. The values are those of the
+    modules to a rounding unit of the dtype.
+
+    A module is left alone if its results on random inputs differ from those of the op, if it has hooks or a `forward`
+    of its own, or if `impl` is `auto` and no compiled kernel exists for its device: plain PyTorch is what it has. A
+    module that was replaced still takes its own forward pass where the op does not apply: where its norm's weight
+    requires a gradient, for input of another dtype than the weight's, and after a change between training and
+    evaluation.
+
+    Yields:
+        The numbers of modules replaced, and the classes of those left alone.
+
+    Raises:
+        InvalidInputError: `impl` is no implementation, or one for another device.
+        MissingDependencyError: an implementation that is not installed.
+        UnsupportedError: `impl="triton"`, of which there is none.
+    """
+    chosen = choose_implementation("fused_elementwise", impl, decoder.device, has_triton=False)
+    kinds: dict[Hashable, Function | None] = {}
+    forwards: dict[nn.Module, Forward] = {}
+    norms, mlps = 0, 0
+    left_alone = set()
+    for module in _modules(decoder):
+        is_norm = type(module).__name__.endswith("Norm")
+        if not is_norm and not hasattr(module, "down_proj"):
+            continue
+        function = None
+        if not (impl == "auto" and chosen == "reference") and not _is_changed(module):
+            kind = _kind(module)
+            if kind not in kinds:
+                kinds[kind] = _norm_function(module, impl) if is_norm else _mlp_function(module, impl)
+            function = kinds[kind]
+        if function is None:
+            left_alone.add(type(module).__name__)
+        else:
+            forwards[module] = _forward_of(module, function)
+            norms, mlps = norms + is_norm, mlps + (not is_norm)
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield Fused(norms, mlps, tuple(sorted(left_alone)))
+    finally:
+        for module, forward in forwards.items():
+            if module.__dict__.get("forward") is forward:  # else someone has put their own in its place since
+                del module.__dict__["forward"]
+
+
+def _modules(decoder: Decoder) -> list[nn.Module]:
+    """Those of the layers, and what the stack holds itself: the final norm. Each once."""
+    modules = dict.fromkeys(module for layer in decoder.layers for module in layer.modules())
+    return list(modules | dict.fromkeys(decoder.stack.children()))
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether others have attached anything to the module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
+def _kind(module: nn.Module) -> Hashable:
+    """What modules that compute the same function of their parameters have in common."""
+    attributes = [item for item in vars(module).items() if isinstance(item[1], bool | int | float | str | None)]
+    parameters = [(name, each.shape, each.dtype, each.device) for name, each in module.named_parameters()]
+    children = [(name, type(child), _is_changed(child)) for name, child in module.named_modules() if child != module]
+    return type(module), *sorted(attributes), *parameters, *children
+
+
+def _forward_of(module: nn.Module, function: Function) -> Forward:
+    own, training = type(module).forward, module.training
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or module.training != training or not _applies(module, args[0]):
+            return own(module, *args, **kwargs)
+        return function(module, args[0])
+
+    return forward
+
+
+def _applies(module: nn.Module, x: Tensor) -> bool:
+    weight = getattr(module, "weight", None)  # of a norm; an MLP's belong to its projections
+    return weight is None or (x.dtype == weight.dtype and not (weight.requires_grad and torch.is_grad_enabled()))
+
+
+def _norm_function(module: nn.Module, impl: Implementation) -> Function | None:
+    """The variant of `rms_norm` that a norm is; None if it is none."""
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float):
+        return None
+    if any(module.children()) or any(module.buffers()) or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return None
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not weight.is_floating_point():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    random_weight = torch.randn(weight.shape, generator=generator)  # one of ones or zeros would tell little
+    sample = copy.deepcopy(module)
+    sample.weight = nn.Parameter(random_weight.to(weight), requires_grad=False)
+    x = torch.randn(3, 5, weight.shape[0], generator=generator)
+    x = (x * torch.tensor([1e-3, 0.1, 1.0, 3.0, 30.0])[:, None]).to(weight)  # the first shows where epsilon is
+    expected = _results(type(module).forward, sample, x)
+    row_scale = x.double().square().mean(-1, keepdim=True).sqrt()
+    best: tuple[float, Function | None] = (math.inf, None)
+    for offset, round_normalized in RMS_NORMS:
+
+        def function(norm: Any, x: Tensor, offset: float = offset, round_normalized: bool = round_normalized) -> Tensor:
+            return rms_norm(x, norm.weight, epsilon, offset=offset, round_normalized=round_normalized, impl=impl)
+
+        ours = _results(function, sample, x)
+        if expected is not None and ours is not None and _agree(ours, expected, row_scale):
+            error = (ours[0] - expected[0]).double().abs().sum().item()
+            if error < best[0]:
+                best = (error, function)
+    return best[1]
+
+
+def _mlp_function(module: nn.Module, impl: Implementation) -> Function | None:
+    """The MLP by `gated_activation`; None if it is something else."""
+    children = {name for name, _ in module.named_children()} - {"act_fn", "activation_fn"}
+    if children == {"gate_proj", "up_proj", "down_proj"}:
+        first, act = "gate_proj", "act_fn"
+    elif children == {"gate_up_proj", "down_proj"}:
+        first, act = "gate_up_proj", "activation_fn"
+    else:
+        return None
+    like = next((each for each in module.parameters() if each.is_floating_point()), None)
+    width = getattr(module.get_submodule(first), "in_features", None)
+    if like is None or not isinstance(width, int):
+        return None
+    activation = _activation(getattr(module, act, None), like.device)
+    if activation is None:
+        return None
+
+    def function(mlp: Any, x: Tensor) -> Tensor:
+        gate, up = (mlp.gate_proj(x), mlp.up_proj(x)) if act == "act_fn" else mlp.gate_up_proj(x).chunk(2, dim=-1)
+        down: Tensor = mlp.down_proj(gated_activation(gate, up, activation=activation, impl=impl))
+        return down
+
+    x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)).to(like)
+    expected, ours = _results(type(module).forward, module, x), _results(function, module, x)
+    return function if expected is not None and ours is not None and _agree(ours, expected) else None
+
+
+def _activation(function: Any, device: torch.device) -> Activation | None:
+    """Which of those known an activation is, by its values."""
+    if isinstance(function, nn.Module) and (_is_changed(function) or any(True for _ in function.parameters())):
+        return None
+    probe = torch.linspace(-8, 8, 257, device=device)
+    with torch.no_grad():
+        try:
+            values = function(probe)
+        except Exception:
+            return None
+    known: tuple[tuple[Activation, Tensor], ...] = (
+        ("silu", nn.functional.silu(probe)),
+        ("gelu_tanh", nn.functional.gelu(probe, approximate="tanh")),
+    )
+    for name, expected in known:
+        if isinstance(values, Tensor) and torch.allclose(values, expected, rtol=1e-6, atol=1e-6):
+            return name
+    return None
+
+
+def _results(function: Function, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Value and gradient of the input, for one upstream gradient; None if the function does not take such an input."""
+    x = x.detach().requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device), torch.random.fork_rng([]):
+        try:
+            out = function(module, x)
+            upstream = torch.randn(out.shape, generator=generator).to(out)
+            return out.detach(), torch.autograd.grad(out, x, upstream)[0]
+        except Exception:
+            return None
+
+
+def _agree(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], row_scale: Tensor | float = 1.0) -> bool:
+    """Whether values differ by no more than a rounding unit of the largest, and half of one on average.
+
+    Gradients may differ by twice that, for the modules round them in between; their rows are multiplied by `row_scale`
+    first. The average is the root mean square. NaN, or zeros alone, never agree.
+    """
+    unit = max(torch.finfo(expected[0].dtype).eps, 1e-6)
+    for got, wanted, scale, units in zip(ours, expected, (1.0, row_scale), (1, 2), strict=True):
+        if (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
+            return False
+        size = (wanted.double() * scale).abs()
+        error = ((got.double() - wanted.double()) * scale).abs()
+        allowed = units * unit
+        if not (size.max() > 0 and error.max() <= allowed * size.max() and error.norm() <= allowed / 2 * size.norm()):
+            return False
+    return True
