@@ -65,9 +65,9 @@ def interleave(
 ) -> dict[Key, list[float]]:
     """Seconds of each call in each round. A call is given a number that grows, by which it chooses its inputs.
 
-    Each round begins with another call, and every second one runs backwards: none always follows the same other. A call
-    that takes less than `fill` seconds is repeated in its turn until they are filled, and its mean counts: what the call
-    before it left in the caches, and in the allocator, would be much of a short one.
+    Each round begins with another call, and every second one runs backwards: none always follows the same other. A
+    call that takes less than `fill` seconds is repeated in its turn until they are filled, and its mean counts: what
+    the call before it left in the caches, and in the allocator, would be much of a short one.
     """
     keys = list(calls)
     counts = {key: math.ceil(fill / max(timer(partial(calls[key], 0)), 1e-6)) if fill else 1 for key in keys}
