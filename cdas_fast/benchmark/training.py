@@ -206,7 +206,7 @@ def bench_train(
     max_examples: int | None = None,
     epochs: int = 18,
     reduction: Reduction = "token",
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] = ("bfloat16", "float32"),
     device: str | torch.device | None = None,
     variants: Sequence[str] | None = None,
     repeats: int = 5,
