@@ -166,7 +166,7 @@ class Problem:
                 positions = max(positions, longest * len(minibatch))
                 responses = max(responses, sum(row.base.response_length for row in minibatch))
         size = self.decoder.head.weight.element_size()
-        return self.decoder.head.weight.shape[0] * (3 * size * positions + 10 * 4 * responses)
+        return self.decoder.head.weight.shape[0] * (3 * size * positions + 12 * 4 * responses)
 
     def description(self, dtype: str) -> tuple[str, dict[str, Any]]:
         """Title, and the problem in JSON values."""
