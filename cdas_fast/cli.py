@@ -237,9 +237,9 @@ def _add_data(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    description = "Measure time, memory and error of an op, side by side with the alternatives."
+    description = "Measure an op or a training step: time, memory and error, side by side with the alternatives."
     bench = commands.add_parser(
-        "bench", help="measure an op side by side with the alternatives", description=description
+        "bench", help="measure an op or a training step beside the alternatives", description=description
     )
     subjects = bench.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
     loss = _add_command(
@@ -285,7 +285,41 @@ def _add_bench(commands: Any) -> None:
     interchange.add_argument(
         "--variants", nargs="+", metavar="V", help="of cpp, triton, reference (ours); eager always runs; default: all"
     )
-    for command, repeats in ((loss, 10), (interchange, 30)):
+    train = _add_command(
+        subjects,
+        "train",
+        _bench_train,
+        "measure a training step against the published scheme and against its bare matrix products",
+        "cdas-fast bench train",
+        "cdas-fast bench train --data pairs.parquet --dtype float32 --repeats 3 --output bench-train",
+        "cdas-fast bench train --model Qwen/Qwen2.5-0.5B-Instruct --layer 12 --batch-size 4 --variants engine",
+    )
+    train.add_argument("--model", default="smollm2-135m", metavar="M", help=f"{MODEL_HELP}; default: smollm2-135m")
+    train.add_argument(
+        "--data", type=Path, metavar="F", help="pairs, of several concepts the first; default: those of the demo"
+    )
+    train.add_argument("--layer", type=int, default=15, metavar="L", help="decoder layer, counted from 0; default: 15")
+    train.add_argument("--batch-size", type=int, default=8, metavar="N", help="pairs per step; default: 8")
+    train.add_argument(
+        "--max-output-tokens", type=int, default=128, metavar="N", help="cut responses to N tokens; default: 128"
+    )
+    train.add_argument("--max-examples", type=int, metavar="N", help="the first N pairs")
+    train.add_argument(
+        "--epochs", type=int, default=18, metavar="N", help="of the whole run that is estimated; default: 18"
+    )
+    train.add_argument(
+        "--reduction",
+        choices=("token", "sequence"),
+        default="token",
+        help="how losses are averaged; default: token, as the published code does",
+    )
+    train.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="V",
+        help="of plain (the published scheme), engine (ours); the matrix products (floor) always run; default: all",
+    )
+    for command, repeats in ((loss, 10), (interchange, 30), (train, 5)):
         command.add_argument(
             "--dtype",
             nargs="+",
@@ -479,12 +513,19 @@ def _bench_interchange(options: Any) -> None:
     _bench(options, bench_interchange, shapes)
 
 
-def _bench(options: Any, run: Callable[..., Any], shapes: Sequence[Any], **settings: Any) -> None:
+def _bench_train(options: Any) -> None:
+    from cdas_fast.benchmark.training import bench_train
+
+    names = ("data", "layer", "batch_size", "max_output_tokens", "max_examples", "epochs", "reduction")
+    _bench(options, bench_train, options.model, **{name: getattr(options, name) for name in names})
+
+
+def _bench(options: Any, run: Callable[..., Any], problems: Any, **settings: Any) -> None:
     from cdas_fast.benchmark.report import Output, shown
 
     output = None if options.output is None else Output(options.output, options.overwrite)
     report = run(
-        shapes,
+        problems,
         dtypes=options.dtype,
         device=options.device,
         variants=options.variants,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import sys
 
-from cdas_fast.benchmark import intervention, loss
+from cdas_fast.benchmark import intervention, loss, training
 from cdas_fast.benchmark.memory import PeakUnknownError, peak_on_cpu
 
-_CALLS = {"loss": loss.memory_call, "interchange": intervention.memory_call}
+_CALLS = {"loss": loss.memory_call, "interchange": intervention.memory_call, "train": training.memory_call}
 
 
 def main(subject: str, settings: str) -> None:

@@ -75,7 +75,7 @@ def peak_in_child(subject: str, settings: Mapping[str, Any]) -> int:
     """`peak_on_cpu` in a process of its own, so that no allocator holds memory that somebody else has freed.
 
     Args:
-        subject: `loss` or `interchange`.
+        subject: `loss`, `interchange` or `train`.
         settings: JSON values from which the benchmark of that name makes the call (`memory_call`).
 
     Raises:

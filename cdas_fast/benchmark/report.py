@@ -87,6 +87,10 @@ class Comparison:
         """Whether nothing but the baseline ran, if that."""
         return not any(each.times and each.label != self.baseline for each in self.measurements)
 
+    def table(self) -> str:
+        """As text."""
+        return table(self)
+
 
 @dataclass
 class Report:
@@ -104,7 +108,11 @@ class Report:
 
     def table(self) -> str:
         """Machine, a table for each problem, and what the columns mean."""
-        return "\n\n".join([self.header(), *(table(each) for each in self.comparisons), self.footer()]) + "\n"
+        return "\n\n".join([self.header(), *(each.table() for each in self.comparisons), self.footer()]) + "\n"
+
+    def plot(self, path: Path) -> None:
+        """Write the plot."""
+        plot(self.comparisons, path)
 
     def header(self) -> str:
         """Benchmark and machine."""
@@ -199,15 +207,20 @@ def table(comparison: Comparison) -> str:
                     _error(each.gradient_error) if last else "",
                 ]
             )
+    lines = aligned(heads, rows, 2) if rows else []
+    return "\n".join([comparison.title, *lines, *(f"  {note}" for note in notes)])
+
+
+def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of a table whose first `left` columns are aligned on the left, the others on the right."""
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    lines = [
+    return [
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in ([heads, *rows] if rows else [])
+        for row in [heads, *rows]
     ]
-    return "\n".join([comparison.title, *lines, *(f"  {note}" for note in notes)])
 
 
 def _number(milliseconds: float) -> str:
@@ -224,15 +237,9 @@ def plot(comparisons: Sequence[Comparison], path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("a plot needs matplotlib: pip install 'cdas_fast[plot]'") from error
+    figure = new_figure(max(7.0, 2.0 * len(comparisons) + 2), 7.5)
     measured = [[each for each in comparison.measurements if each.times] for comparison in comparisons]
     variants = list(dict.fromkeys(each.label for group in measured for each in group))
-    figure = Figure(figsize=(max(7.0, 2.0 * len(comparisons) + 2), 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     width = 0.8 / max(1, len(variants))
     for index, variant in enumerate(variants):
@@ -251,6 +258,27 @@ def plot(comparisons: Sequence[Comparison], path: Path) -> None:
     names = [f"{each.problem['name']}\n{each.problem['dtype']}" for each in comparisons]
     lower.set_xticks(range(len(comparisons)), names, fontsize="small")
     figure.legend(ncols=4, fontsize="small", loc="outside upper center", frameon=False)
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("a plot needs matplotlib: pip install 'cdas_fast[plot]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
@@ -271,7 +299,7 @@ class Output:
         write_json(self.folder / RESULTS, report.as_json())
         (self.folder / PLOT).unlink(missing_ok=True)  # one of an earlier report
         try:
-            plot(report.comparisons, self.folder / PLOT)
+            report.plot(self.folder / PLOT)
         except MissingDependencyError as error:
             return f"Written to {self.folder}: {TABLE}, {RESULTS}. No plot: {error}"
         return f"Written to {self.folder}: {TABLE}, {RESULTS}, {PLOT}"
@@ -284,7 +312,7 @@ def shown(output: Output | None) -> Callable[[Report], None]:
         if not report.comparisons:
             print(report.header(), flush=True)
             return
-        print(f"\n{table(report.comparisons[-1])}", flush=True)
+        print(f"\n{report.comparisons[-1].table()}", flush=True)
         if output is not None:
             output.write(report)
 

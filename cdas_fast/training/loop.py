@@ -214,7 +214,17 @@ class _Run:
         cache_seconds = time.perf_counter() - started
         initial = self._initial_direction(cache)
         started = time.perf_counter()
-        loop = _Loop(self, cache, held_out_cache, initial, checkpoint)
+        loop = TrainingLoop(
+            self.decoder,
+            cache,
+            self.config,
+            initial,
+            prefix_length=self.prefix_length,
+            held_out_cache=held_out_cache,
+            folder=self.folder,
+            checkpoint=checkpoint,
+            progress=self.progress,
+        )
         direction = loop.run(callback)
         training_seconds = time.perf_counter() - started
 
@@ -303,28 +313,45 @@ class _Run:
         )
 
 
-class _Loop:
-    """Steps of AdamW on the direction, with the state that a checkpoint holds."""
+class TrainingLoop:
+    """Steps of AdamW on the direction, with the state that a checkpoint holds.
+
+    Args:
+        decoder: the model, frozen.
+        cache: its activations on the rows to train on.
+        config: the settings.
+        initial: the initial direction (R, D), orthonormal.
+        prefix_length: positions that are never intervened on.
+        held_out_cache: the activations on held-out rows, if their loss is to be measured.
+        folder: where log and checkpoints go; nothing is written if None.
+        checkpoint: the state to go on from, instead of the initial direction.
+        progress: whether to show a progress bar (never if the standard error is no terminal).
+    """
 
     def __init__(
         self,
-        run: _Run,
+        decoder: Decoder,
         cache: ActivationCache,
-        held_out_cache: ActivationCache | None,
+        config: TrainingConfig,
         initial: Tensor,
-        checkpoint: Checkpoint | None,
+        *,
+        prefix_length: int,
+        held_out_cache: ActivationCache | None = None,
+        folder: RunFolder | None = None,
+        checkpoint: Checkpoint | None = None,
+        progress: bool = True,
     ) -> None:
-        self.config, self.folder, self.progress = run.config, run.folder, run.progress
-        self.device = run.decoder.device
+        self.config, self.folder, self.progress = config, folder, progress
+        self.device = decoder.device
 
         def objective_on(cache: ActivationCache) -> DivergenceObjective:
             return DivergenceObjective(
-                run.decoder,
+                decoder,
                 cache,
-                prefix_length=run.prefix_length,
-                beta=run.config.beta,
-                micro_batch_tokens=run.config.micro_batch_tokens,
-                impl=run.config.impl,
+                prefix_length=prefix_length,
+                beta=config.beta,
+                micro_batch_tokens=config.micro_batch_tokens,
+                impl=config.impl,
             )
 
         self.objective = objective_on(cache)
@@ -358,7 +385,7 @@ class _Loop:
         try:
             with bar:
                 while self.state.step < self.total_steps:
-                    info = self._step()
+                    info = self.step()
                     if self.folder is not None:
                         self.folder.append(info.record)
                         if self.state.step % self.config.checkpoint_every == 0 or self.state.step == self.total_steps:
@@ -373,7 +400,8 @@ class _Loop:
                 self.folder.save(self.state)  # interrupted: keep the last whole step
         return self.state.direction
 
-    def _step(self) -> StepInfo:
+    def step(self) -> StepInfo:
+        """Do the step after `state.step` others: gradient, clipping, AdamW, and the rows made orthonormal again."""
         started = time.perf_counter()
         step = self.state.step
         epoch, place = divmod(step, self.steps_per_epoch)
