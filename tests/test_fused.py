@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,13 +15,22 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from cdas_fast.errors import InvalidInputError, UnsupportedError
 from cdas_fast.models import Decoder, inspect_decoder, run_suffix
 from cdas_fast.models import fused as fused_module
-from cdas_fast.models.fused import Fused, fused_elementwise
+from cdas_fast.models.fused import Fused, find_fused
 from cdas_fast.models.structure import frozen
 from cdas_fast.ops import cpu_library
+from cdas_fast.ops.implementation import Implementation
 
 LAYERS = 5
 NORMS = {"gemma2": 4, "gemma3": 6, "qwen3": 4, "olmo2": 4}  # of a layer; two elsewhere
 IMPLEMENTATIONS: list[Any] = ["reference", *["cpp"] * cpu_library.available()]
+
+
+@contextmanager
+def fused_elementwise(decoder: Decoder, impl: Implementation = "auto") -> Iterator[Fused]:
+    """What is found, applied."""
+    fused = find_fused(decoder, impl)
+    with fused.applied():
+        yield fused
 
 
 @pytest.fixture

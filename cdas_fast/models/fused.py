@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,40 +29,51 @@ RMS_NORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, ro
 
 @dataclass(frozen=True)
 class Fused:
-    """What `fused_elementwise` has replaced."""
+    """Which norms and MLPs of a decoder the fused ops can run."""
 
     norms: int
     mlps: int
     left_alone: tuple[str, ...]  # classes of the other norms and MLPs, in alphabetical order
+    forwards: Mapping[nn.Module, Forward] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         rest = f"; left alone: {', '.join(self.left_alone)}" if self.left_alone else ""
         return f"{self.norms} norms and {self.mlps} MLPs{rest}"
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context, the modules run so. This sets `forward` on their instances, and takes it off again.
 
-@contextmanager
-def fused_elementwise(decoder: Decoder, impl: Implementation = "auto") -> Iterator[Fused]:
-    """Within the context, the norms and MLPs of the decoder run by `rms_norm` and `gated_activation`.
+        A module still takes its own forward pass where the op does not apply: where its norm's weight requires a
+        gradient, for input of another dtype than the weight's, and after a change between training and evaluation.
+        One that others have given a `forward` or hooks since is left to them.
+        """
+        forwards = {module: forward for module, forward in self.forwards.items() if not _is_changed(module)}
+        try:
+            for module, forward in forwards.items():
+                module.__dict__["forward"] = forward
+            yield
+        finally:
+            for module, forward in forwards.items():
+                if module.__dict__.get("forward") is forward:  # else someone has put their own in its place since
+                    del module.__dict__["forward"]
 
-    This sets `forward` on instances of modules, and takes it off again: the RMS norms of the layers and the final one,
-    and the MLPs act(gate) up whose activation is SiLU or the tanh approximation of GELU. The values are those of the
-    modules to a rounding unit of the dtype.
+
+def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
+    """Find the norms and MLPs of the decoder that `rms_norm` and `gated_activation` can run.
+
+    These are the RMS norms of the layers and the final one, and the MLPs act(gate) up whose activation is SiLU or the
+    tanh approximation of GELU. The values are those of the modules to a rounding unit of the dtype.
 
     A module is left alone if its results on random inputs differ from those of the op, if it has hooks or a `forward`
-    of its own, or if `impl` is `auto` and no compiled kernel exists for its device: plain PyTorch is what it has. A
-    module that was replaced still takes its own forward pass where the op does not apply: where its norm's weight
-    requires a gradient, for input of another dtype than the weight's, and after a change between training and
-    evaluation.
-
-    Yields:
-        The numbers of modules replaced, and the classes of those left alone.
+    of its own, or if `impl` is `auto` and no compiled kernel exists for its device: plain PyTorch is what it has.
 
     Raises:
         InvalidInputError: `impl` is no implementation, or one for another device.
         MissingDependencyError: an implementation that is not installed.
         UnsupportedError: `impl="triton"`, of which there is none.
     """
-    chosen = choose_implementation("fused_elementwise", impl, decoder.device, has_triton=False)
+    chosen = choose_implementation("find_fused", impl, decoder.device, has_triton=False)
     kinds: dict[Hashable, Function | None] = {}
     forwards: dict[nn.Module, Forward] = {}
     norms, mlps = 0, 0
@@ -82,14 +93,7 @@ def fused_elementwise(decoder: Decoder, impl: Implementation = "auto") -> Iterat
         else:
             forwards[module] = _forward_of(module, function)
             norms, mlps = norms + is_norm, mlps + (not is_norm)
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield Fused(norms, mlps, tuple(sorted(left_alone)))
-    finally:
-        for module, forward in forwards.items():
-            if module.__dict__.get("forward") is forward:  # else someone has put their own in its place since
-                del module.__dict__["forward"]
+    return Fused(norms, mlps, tuple(sorted(left_alone)), forwards)
 
 
 def _modules(decoder: Decoder) -> list[nn.Module]:

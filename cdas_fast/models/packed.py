@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
+from cdas_fast.models.fused import find_fused
 from cdas_fast.models.structure import Decoder
 from cdas_fast.models.suffix import Capture, Edit, capture_activations, run_suffix
 from cdas_fast.ops import cpu_library
+from cdas_fast.ops.implementation import Implementation
 from cdas_fast.ops.packed_attention import packed_attention
 
 Packing = Literal["auto", "packed", "padded"]
@@ -85,29 +87,33 @@ class Runner(Protocol):
         """
 
 
-def make_runner(decoder: Decoder, prefix_ids: Sequence[int], packing: Packing = "auto") -> Runner:
+def make_runner(
+    decoder: Decoder, prefix_ids: Sequence[int], packing: Packing = "auto", impl: Implementation = "auto"
+) -> Runner:
     """The runner for a decoder and its device.
 
     `auto` packs on a CPU that has the compiled kernels, if a trial on this model gives what the model itself does, and
-    says in the log why it does not.
+    says in the log why it does not. `impl` is the implementation of attention and of the norms and MLPs that the fused
+    ops can run; those without a Triton kernel take `auto` for it. With `reference`, `auto` pads.
 
     Raises:
         InvalidInputError: another `packing`.
         UnsupportedError: `packed` is asked for and the model's attention cannot be.
     """
+    impl = "auto" if impl == "triton" else impl
     match packing:
         case "padded":
-            return PaddedRunner(decoder, prefix_ids)
+            return PaddedRunner(decoder, prefix_ids, impl)
         case "packed":
-            return _tried(PackedRunner(decoder, prefix_ids))
+            return _tried(PackedRunner(decoder, prefix_ids, impl))
         case "auto":
-            if decoder.device.type != "cpu" or not cpu_library.available():
-                return PaddedRunner(decoder, prefix_ids)
+            if impl == "reference" or decoder.device.type != "cpu" or not cpu_library.available():
+                return PaddedRunner(decoder, prefix_ids, impl)
             try:
-                return _tried(PackedRunner(decoder, prefix_ids))
+                return _tried(PackedRunner(decoder, prefix_ids, impl))
             except UnsupportedError as error:
                 _logger.warning("rows are padded, not packed: %s", error)
-                return PaddedRunner(decoder, prefix_ids)
+                return PaddedRunner(decoder, prefix_ids, impl)
     raise InvalidInputError(expected_got("packing", "auto, packed or padded", repr(packing)))
 
 
@@ -126,13 +132,14 @@ class PackedRunner:
 
     pads = False
 
-    def __init__(self, decoder: Decoder, prefix_ids: Sequence[int]) -> None:
+    def __init__(self, decoder: Decoder, prefix_ids: Sequence[int], impl: Implementation = "auto") -> None:
         _register()
-        self.decoder, self.prefix_ids = decoder, tuple(prefix_ids)
+        self.decoder, self.prefix_ids, self._impl = decoder, tuple(prefix_ids), impl
+        self._fused = find_fused(decoder, impl)
         self._prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values
         if self.prefix_ids:
-            attention = _Attention(Rows((len(self.prefix_ids),), 0).starts, {}, self._prefix)
-            with attention.of(decoder, range(decoder.num_layers)):
+            starts = Rows((len(self.prefix_ids),), 0).starts
+            with self._attention(starts, range(decoder.num_layers), keeps=True):
                 capture_activations(decoder, torch.tensor([self.prefix_ids], device=decoder.device), [])
 
     def capture(
@@ -144,7 +151,7 @@ class PackedRunner:
         ids = torch.tensor([list(itertools.chain.from_iterable(sequences))], device=device)
         positions = rows.positions[None].to(device)
         last = self.decoder.num_layers - 1 if stop_after is None else stop_after
-        with _Attention(rows.starts, self._prefix).of(self.decoder, range(last + 1)):
+        with self._attention(rows.starts, range(last + 1)):
             captured = capture_activations(self.decoder, ids, layers, position_ids=positions, stop_after=stop_after)
         final = None if captured.final is None else captured.final[0]
         return Capture({layer: hidden[0] for layer, hidden in captured.hidden.items()}, final)
@@ -155,7 +162,7 @@ class PackedRunner:
         def as_sequence(edit: Edit) -> Edit:
             return lambda hidden: edit(hidden[0])[None]
 
-        with _Attention(rows.starts, self._prefix).of(self.decoder, range(layer + 1, self.decoder.num_layers)):
+        with self._attention(rows.starts, range(layer + 1, self.decoder.num_layers)):
             return run_suffix(
                 self.decoder,
                 layer,
@@ -164,14 +171,21 @@ class PackedRunner:
                 edits={later: as_sequence(edit) for later, edit in (edits or {}).items()},
             )[0]
 
+    @contextmanager
+    def _attention(self, starts: Tensor, layers: range, keeps: bool = False) -> Iterator[None]:
+        attention = _Attention(starts, {} if keeps else self._prefix, self._prefix if keeps else None, self._impl)
+        with self._fused.applied(), attention.of(self.decoder, layers):
+            yield
+
 
 class PaddedRunner:
     """Rows of P + T tokens, padded on the right: causal attention never looks at what follows."""
 
     pads = True
 
-    def __init__(self, decoder: Decoder, prefix_ids: Sequence[int]) -> None:
+    def __init__(self, decoder: Decoder, prefix_ids: Sequence[int], impl: Implementation = "auto") -> None:
         self.decoder, self.prefix_ids = decoder, tuple(prefix_ids)
+        self._fused = find_fused(decoder, impl)
         self._prefix: dict[int, Tensor] = {}  # layer -> its output (P, D)
 
     def capture(
@@ -183,7 +197,8 @@ class PaddedRunner:
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(self.prefix_ids) + len(sequence)] = torch.tensor([*self.prefix_ids, *sequence])
         device = self.decoder.device
-        captured = capture_activations(self.decoder, ids.to(device), layers, stop_after=stop_after)
+        with self._fused.applied():
+            captured = capture_activations(self.decoder, ids.to(device), layers, stop_after=stop_after)
         places = _places(rows).to(device)
 
         def packed(hidden: Tensor) -> Tensor:
@@ -204,12 +219,13 @@ class PaddedRunner:
 
         around = hidden.new_zeros(count, rows.padded_length, hidden.shape[1])
         around[:, : rows.prefix_length] = self._prefix_hidden(layer).to(hidden)
-        final = run_suffix(
-            self.decoder,
-            layer,
-            padded(hidden, around),
-            edits={later: on_padded(edit) for later, edit in (edits or {}).items()},
-        )
+        with self._fused.applied():
+            final = run_suffix(
+                self.decoder,
+                layer,
+                padded(hidden, around),
+                edits={later: on_padded(edit) for later, edit in (edits or {}).items()},
+            )
         return final.flatten(0, 1)[places]
 
     def _prefix_hidden(self, layer: int) -> Tensor:
@@ -217,7 +233,8 @@ class PaddedRunner:
             ids = torch.tensor([self.prefix_ids], device=self.decoder.device, dtype=torch.int64)
             if not self.prefix_ids:
                 return self.decoder.head.weight.new_empty(0, self.decoder.hidden_size)
-            captured = capture_activations(self.decoder, ids, [layer], stop_after=layer)
+            with self._fused.applied():
+                captured = capture_activations(self.decoder, ids, [layer], stop_after=layer)
             self._prefix[layer] = captured.hidden[layer][0]
         return self._prefix[layer]
 
@@ -233,7 +250,8 @@ class _Attention:
 
     starts: Tensor
     prefix: Mapping[int, tuple[Tensor, Tensor]]  # layer -> keys (P, G, E) and values (P, G, F)
-    kept: dict[int, tuple[Tensor, Tensor]] | None = None  # filled with the keys and values of the pass
+    kept: dict[int, tuple[Tensor, Tensor]] | None  # to be filled with the keys and values of the pass, if any
+    impl: Implementation
     layers: set[int] = field(default_factory=set)  # those that came by
 
     @contextmanager
@@ -300,6 +318,7 @@ def _attend(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         window=sliding_window,
+        impl=attention.impl,
     )
     return out[None], None
 

@@ -24,6 +24,7 @@ from cdas_fast.errors import NonFiniteError, StorageError, UnsupportedError, exp
 from cdas_fast.models.packed import Packing, Rows, Runner, make_runner, pass_tolerance, shared_prefix
 from cdas_fast.models.structure import Decoder
 from cdas_fast.models.suffix import Capture, capture_activations
+from cdas_fast.ops.implementation import Implementation
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def build_cache(
     *,
     prefix_length: int | None = None,
     packing: Packing = "auto",
+    impl: Implementation = "auto",
     micro_batch_tokens: int = 4096,
     memory_bytes: int = 4 * 2**30,
     folder: str | os.PathLike[str] | None = None,
@@ -85,6 +87,7 @@ def build_cache(
         prefix_length: positions that are never intervened on; those of the chat template if None. Of these, the tokens
             that all sequences have in common are run once.
         packing: how rows go through the model, see `make_runner`.
+        impl: implementation of the ops within it.
         micro_batch_tokens: tokens per forward pass, pads counted.
         memory_bytes: beyond this size the activations are memory-mapped files.
         folder: where those files lie, in a temporary sub-folder; the system's folder for temporary files if None.
@@ -122,7 +125,7 @@ def build_cache(
     store = _Store(total > memory_bytes, total, folder)
     base_hidden, target_final = (store.allocate(size, dtype).view(-1, width) for size in sizes)
     positive, negative = (torch.empty(pairs, len(layers), width, dtype=dtype) for _ in range(2))
-    runner = make_runner(decoder, common, packing)
+    runner = make_runner(decoder, common, packing, impl)
 
     def in_batches(
         sequences: Sequence[Sequence[int]], layers: Sequence[int], stop_after: int | None

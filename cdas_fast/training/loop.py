@@ -265,6 +265,7 @@ class _Run:
             self.config.layers,
             prefix_length=self.prefix_length,
             packing=self.config.packing,
+            impl=self.config.impl,
             micro_batch_tokens=self.config.micro_batch_tokens,
             memory_bytes=self.config.cache_bytes,
             folder=None if self.folder is None else self.folder.path,
