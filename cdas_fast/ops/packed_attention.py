@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
+from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.ops.implementation import (
     Implementation,
     check_implementation,
@@ -32,7 +32,7 @@ from cdas_fast.ops.implementation import (
     require_floating,
     without_autocast,
 )
-from cdas_fast.ops.registration import register
+from cdas_fast.ops.registration import no_second_derivative, register
 
 _FLOOR = -1e30  # the score of a key that a query does not see
 
@@ -284,10 +284,6 @@ def _backward_fake(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, 
     return tuple(each.new_empty(each.shape) for each in (query, key, value))
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise UnsupportedError("packed_attention has no second derivative")
-
-
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor starts, Tensor prefix_key, Tensor prefix_value"
 _NUMBERS = "float scaling, float softcap, int window, str impl"
 _attend = register(
@@ -301,7 +297,7 @@ _attend_backward = register(
     f"packed_attention_backward(Tensor grad_out, {_TENSORS}, Tensor log_sum, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     fake=_backward_fake,
-    backward=_no_second_derivative,
+    backward=no_second_derivative("packed_attention has"),
 )
 
 
