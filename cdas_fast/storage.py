@@ -18,6 +18,23 @@ from safetensors.torch import save_file
 from cdas_fast.errors import StorageError, expected_got
 
 
+def make_output_folder(path: Path) -> None:
+    """Make the folder unless it exists, so that what cannot be written is refused before anything is computed.
+
+    Raises:
+        StorageError: it cannot be made, or not be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "Choose another output folder."
+        raise StorageError(expected_got("output folder", f"{path} to be a folder", error.strerror, remedy)) from error
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise StorageError(
+            expected_got("output folder", f"{path} to be writable", "no permission", "Choose another one.")
+        )
+
+
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
 

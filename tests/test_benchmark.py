@@ -27,7 +27,7 @@ from cdas_fast.benchmark.report import Measurement, Output
 from cdas_fast.benchmark.runner import import_problem
 from cdas_fast.benchmark.timing import Distribution, fastest, interleave, median_ratio
 from cdas_fast.cli import build_parser, main
-from cdas_fast.errors import InvalidInputError
+from cdas_fast.errors import InvalidInputError, StorageError
 from cdas_fast.ops import cpu_library, interchange, linear_jsd, linear_kl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -772,3 +772,9 @@ def test_shapes_are_those_that_the_documentation_names() -> None:
     assert loss.parse_shape("3x4x5") == Shape("3x4x5", 3, 4, 5)
     with pytest.raises(InvalidInputError):
         loss.parse_shape("3x4")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"output folder: expected .* to be a folder"):
+        Output(tmp_path / "file" / "report")

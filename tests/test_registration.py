@@ -151,7 +151,7 @@ def samples() -> list[Any]:
             (queries[0].mT.contiguous().mT, *map(leaf, queries[1:]), *constants, 0.5, 2.0, 3, "reference"),
         ],
         "packed_attention_backward": [
-            (torch.randn(5, 4, 3), *queries, *constants, torch.randn(5, 4), 0.5, 2.0, 3, "reference")
+            (torch.randn(5, 4, 3), torch.randn(5, 4), *queries, *constants, 0.5, 2.0, 3, "reference")
         ],
     }
     return [

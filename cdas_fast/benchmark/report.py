@@ -21,7 +21,7 @@ import cdas_fast
 from cdas_fast.benchmark.timing import Distribution, median_ratio
 from cdas_fast.errors import InvalidInputError, MissingDependencyError, expected_got
 from cdas_fast.ops import cpu_library
-from cdas_fast.storage import write_atomically, write_json, write_text
+from cdas_fast.storage import make_output_folder, write_atomically, write_json, write_text
 
 MODES = {"forward": "fw", "backward": "bw", "both": "fw+bw"}
 TABLE, RESULTS, PLOT = "table.txt", "results.json", "plot.png"
@@ -287,6 +287,7 @@ class Output:
 
     def __init__(self, folder: Path, overwrite: bool = False) -> None:
         self.folder = folder
+        make_output_folder(folder)
         existing = [name for name in (TABLE, RESULTS, PLOT) if (folder / name).exists()]
         if existing and not overwrite:
             remedy = "Choose another folder or pass --overwrite."

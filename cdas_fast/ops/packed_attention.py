@@ -18,7 +18,7 @@ Source: Dao, "FlashAttention-2" (2023), for the backward pass; Juravsky et al., 
 from __future__ import annotations
 
 import itertools
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -91,37 +91,27 @@ def packed_attention(
     return out
 
 
+class Problem(NamedTuple):
+    """What there is to attend to, for an implementation. Tensors may have any strides."""
+
+    query: Tensor  # (N, H, E)
+    key: Tensor  # (N, G, E)
+    value: Tensor  # (N, G, F)
+    starts: Tensor  # (B + 1,) int64
+    prefix_key: Tensor  # (P, G, E)
+    prefix_value: Tensor  # (P, G, F)
+    scaling: float
+    softcap: float  # 0 for none
+    window: int  # 0 for all
+
+
 class Functions(Protocol):
-    """What an implementation consists of. Tensors may have any strides; `softcap` and `window` are 0 for none."""
+    """What an implementation consists of."""
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        starts: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        scaling: float,
-        softcap: float,
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Result (N, H, F) in the dtype of `query`, and log sum_j exp(s_ij) (N, H) in the dtype of the maths."""
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """Result (N, H, F) in the dtype of the query, and log sum_j exp(s_ij) (N, H) in the dtype of the maths."""
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        starts: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        log_sum: Tensor,
-        scaling: float,
-        softcap: float,
-        window: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, problem: Problem, grad_out: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, new and contiguous, in their dtypes."""
 
 
@@ -129,23 +119,14 @@ class Reference:
     """The formulas in plain PyTorch, row by row."""
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        starts: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        scaling: float,
-        softcap: float,
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         """See `Functions`."""
+        query, value = problem.query, problem.value
         out = query.new_empty(*query.shape[:2], value.shape[2])
         log_sum = query.new_empty(query.shape[:2], dtype=math_dtype(query.dtype))
-        for row in _rows(starts):
-            keys, values = _with_prefix(prefix_key, key[row]), _with_prefix(prefix_value, value[row])
-            scores = _scores(query[row], keys, scaling, softcap, window)
+        for row in _rows(problem.starts):
+            values = _with_prefix(problem.prefix_value, value[row])
+            scores = _scores(problem, row)
             row_log_sum = scores.logsumexp(-1)
             weights = (scores - row_log_sum[..., None]).exp()
             out[row] = _ungrouped(weights @ values[:, None]).to(out.dtype)
@@ -153,36 +134,27 @@ class Reference:
         return out, log_sum
 
     @staticmethod
-    def backward(
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        starts: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        log_sum: Tensor,
-        scaling: float,
-        softcap: float,
-        window: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(problem: Problem, grad_out: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Functions`."""
+        query, key, value = problem[:3]
         grad_query, grad_key, grad_value = (
             torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)
         )
-        prefix, groups = prefix_key.shape[0], key.shape[1]
-        for row in _rows(starts):
-            keys, values = _with_prefix(prefix_key, key[row]), _with_prefix(prefix_value, value[row])
-            scores = _scores(query[row], keys, scaling, softcap, window)
+        prefix, groups = problem.prefix_key.shape[0], key.shape[1]
+        for row in _rows(problem.starts):
+            keys = _with_prefix(problem.prefix_key, key[row])
+            values = _with_prefix(problem.prefix_value, value[row])
+            scores = _scores(problem, row)
             weights = (scores - _grouped(log_sum[row][..., None], groups)).exp()
             gradient = _grouped(grad_out[row].to(scores.dtype), groups)
             slopes = gradient @ values[:, None].mT
             slopes = weights * (slopes - (weights * slopes).sum(-1, keepdim=True))
-            if softcap:
-                slopes = slopes * (1 - (scores / softcap).square()).masked_fill(scores == _FLOOR, 0.0)
-            grad_query[row] = _ungrouped(scaling * slopes @ keys[:, None]).to(query.dtype)
+            if problem.softcap:
+                slopes = slopes * (1 - (scores / problem.softcap).square()).masked_fill(scores == _FLOOR, 0.0)
+            slopes = problem.scaling * slopes
+            grad_query[row] = _ungrouped(slopes @ keys[:, None]).to(query.dtype)
             queries = _grouped(query[row].to(scores.dtype), groups)
-            own_keys = (scaling * slopes.mT @ queries).sum(1)[:, prefix:]
+            own_keys = (slopes.mT @ queries).sum(1)[:, prefix:]
             own_values = (weights.mT @ gradient).sum(1)[:, prefix:]
             grad_key[row], grad_value[row] = own_keys.transpose(0, 1), own_values.transpose(0, 1)
         return grad_query, grad_key, grad_value
@@ -207,41 +179,33 @@ def _ungrouped(heads: Tensor) -> Tensor:
     return heads.permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _scores(query: Tensor, keys: Tensor, scaling: float, softcap: float, window: int) -> Tensor:
-    """(T, H, E), (G, P + T, E) -> capped and masked scores (G, H / G, T, P + T)."""
-    scores = _grouped(query.to(keys.dtype), keys.shape[0]) @ keys[:, None].mT * scaling
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-    prefix = keys.shape[1] - query.shape[0]
+def _scores(problem: Problem, row: slice) -> Tensor:
+    """Capped and masked scores of the T tokens of a row, (G, H / G, T, P + T)."""
+    keys, query = _with_prefix(problem.prefix_key, problem.key[row]), problem.query[row]
+    scores = _grouped(query.to(keys.dtype), keys.shape[0]) @ keys[:, None].mT * problem.scaling
+    if problem.softcap:
+        scores = problem.softcap * (scores / problem.softcap).tanh()
+    prefix = problem.prefix_key.shape[0]
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(prefix)
-    if window:
-        seen = seen.triu(prefix - window + 1)
+    if problem.window:
+        seen = seen.triu(prefix - problem.window + 1)
     return scores.masked_fill(~seen, _FLOOR)
 
 
-def _functions(impl: str, device: torch.device, dtype: torch.dtype) -> Functions:
-    if choose_implementation("packed_attention", impl, device, dtype, has_triton=False) == "cpp":
+def _functions(impl: str, query: Tensor) -> Functions:
+    chosen = choose_implementation("packed_attention", impl, query.device, math_dtype(query.dtype), has_triton=False)
+    if chosen == "cpp":
         from cdas_fast.ops import packed_attention_cpp
 
         return packed_attention_cpp
     return Reference()
 
 
-def _kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    scaling: float,
-    softcap: float,
-    window: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    with without_autocast(query.device):
-        functions = _functions(impl, query.device, math_dtype(query.dtype))
-        return functions.forward(query, key, value, starts, prefix_key, prefix_value, scaling, softcap, window)
+def _kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, impl = arguments
+    problem = Problem(*inputs)
+    with without_autocast(problem.query.device):
+        return _functions(impl, problem.query).forward(problem)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -256,31 +220,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    gradients = _attend_backward(grad_out, *ctx.saved_tensors, ctx.scaling, ctx.softcap, ctx.window, ctx.impl)
+    *tensors, log_sum = ctx.saved_tensors
+    gradients = _attend_backward(grad_out, log_sum, *tensors, ctx.scaling, ctx.softcap, ctx.window, ctx.impl)
     return *gradients, *[None] * 7
 
 
-def _backward_kernel(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    log_sum: Tensor,
-    scaling: float,
-    softcap: float,
-    window: int,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with without_autocast(query.device):
-        return _functions(impl, query.device, log_sum.dtype).backward(
-            grad_out, query, key, value, starts, prefix_key, prefix_value, log_sum, scaling, softcap, window
-        )
+def _backward_kernel(grad_out: Tensor, log_sum: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, impl = arguments
+    problem = Problem(*inputs)
+    with without_autocast(problem.query.device):
+        return _functions(impl, problem.query).backward(problem, grad_out, log_sum)
 
 
-def _backward_fake(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _backward_fake(
+    grad_out: Tensor, log_sum: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     return tuple(each.new_empty(each.shape) for each in (query, key, value))
 
 
@@ -294,7 +248,7 @@ _attend = register(
     backward=_backward,
 )
 _attend_backward = register(
-    f"packed_attention_backward(Tensor grad_out, {_TENSORS}, Tensor log_sum, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
+    f"packed_attention_backward(Tensor grad_out, Tensor log_sum, {_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     fake=_backward_fake,
     backward=no_second_derivative("packed_attention has"),

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cdas_fast.errors import InvalidInputError, StorageError, expected_got
-from cdas_fast.storage import read_tensors, write_tensors, write_text
+from cdas_fast.storage import make_output_folder, read_tensors, write_tensors, write_text
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "training_log.jsonl"
@@ -92,18 +92,8 @@ class RunFolder:
             InvalidInputError: the folder is not empty and not to be resumed, or its run had other settings.
             StorageError: the folder cannot be written, or the checkpoint is broken.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            entries = sorted(entry.name for entry in self.path.iterdir())
-        except OSError as error:
-            remedy = "Choose another output folder."
-            raise StorageError(
-                expected_got("output folder", f"{self.path} to be a folder", error.strerror, remedy)
-            ) from error
-        if not os.access(self.path, os.W_OK):
-            raise StorageError(
-                expected_got("output folder", f"{self.path} to be writable", "no permission", "Choose another one.")
-            )
+        make_output_folder(self.path)
+        entries = sorted(entry.name for entry in self.path.iterdir())
         if not resume:
             refuse_used_folder(self.path)
         for scrap in filter(_is_scrap, entries):
