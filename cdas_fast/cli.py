@@ -120,6 +120,7 @@ def _add_train(commands: Any) -> None:
         "cdas-fast train --model meta-llama/Llama-3.1-8B-Instruct --data pairs.jsonl --layer 12 --output out "
         "--epochs 50 --learning-rate 0.08 --batch-size 16 --dtype bfloat16",
         "cdas-fast train ... --output out --resume    # go on after an interruption",
+        "torchrun --nproc-per-node 4 -m cdas_fast.cli train ...    # several concepts, divided among processes",
     )
     _add_model(train)
     train.add_argument(
@@ -155,6 +156,12 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--system-prompt", metavar="TEXT", help="system message; default: what the template does")
     train.add_argument("--source-tokens", metavar="TEXT", help="read the source at the last token of this text")
     train.add_argument("--keep-spaces", action="store_true", help="leave spaces before punctuation in prompts")
+    train.add_argument(
+        "--concepts-together",
+        type=int,
+        metavar="N",
+        help="of several concepts, how many train at a time; default: as many as fill a micro-batch",
+    )
     train.add_argument("--cache-gib", type=float, default=4.0, metavar="X", help="above it activations go to disk")
     train.add_argument("--checkpoint-every", type=int, default=10, metavar="N", help="steps between checkpoints")
     train.add_argument("--evaluate-every", type=int, default=1, metavar="N", help="epochs between held-out losses")
@@ -351,7 +358,10 @@ def _demo(options: Any) -> None:
 def _train(options: Any) -> None:
     if options.load_in_4bit:
         raise UnsupportedError("--load-in-4bit is not part of this version. Use --dtype bfloat16.")
+    import torch
+
     from cdas_fast.data.pairs import ContrastivePairs
+    from cdas_fast.distributed.processes import Processes
     from cdas_fast.training import TrainingConfig, train
     from cdas_fast.training.summary import describe_training
 
@@ -371,18 +381,34 @@ def _train(options: Any) -> None:
         system_prompt=options.system_prompt,
         source_tokens=options.source_tokens,
         clean_spaces=not options.keep_spaces,
+        concepts_together=options.concepts_together,
         cache_bytes=int(options.cache_gib * 2**30),
         checkpoint_every=options.checkpoint_every,
         evaluate_every=options.evaluate_every,
     )
     pairs = ContrastivePairs.from_file(options.data).select(concept_ids=options.concept_id)
     validation = None if options.validation is None else ContrastivePairs.from_file(options.validation)
+    processes = Processes.from_environment()
+    if processes.count > 1 and options.device is None and torch.cuda.is_available():
+        options.device = f"cuda:{processes.local_rank}"
     model, tokenizer = _load(options)
     result = train(
-        model, tokenizer, pairs, config, validation=validation, output_dir=options.output, resume=options.resume
+        model,
+        tokenizer,
+        pairs,
+        config,
+        validation=validation,
+        output_dir=options.output,
+        resume=options.resume,
+        progress=processes.rank == 0,
+        processes=processes,
     )
     print(describe_training(result))
-    print(f'\nTry it: cdas-fast generate --model {options.model} --vector {options.output} --compare "..."')
+    if result.failed:
+        failed = "\n".join(f"concept {concept_id}: {error}" for concept_id, error in result.failed.items())
+        raise CDASError(f"{failed}\nThe other concepts are trained; --resume tries these again.")
+    if len(pairs.concept_ids) == 1:
+        print(f'\nTry it: cdas-fast generate --model {options.model} --vector {options.output} --compare "..."')
 
 
 def _generate(options: Any) -> None:

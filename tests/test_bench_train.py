@@ -97,11 +97,11 @@ def test_the_published_scheme_and_ours_do_the_same_steps(architecture: str, redu
         assert theirs.minibatch_losses == pytest.approx(ours.minibatch_losses, rel=2e-4)
         assert len(theirs.minibatch_losses) == 2
         torch.testing.assert_close(theirs.gradient, ours.gradient, rtol=1e-2, atol=1e-3 * float(ours.gradient.norm()))
-    torch.testing.assert_close(plain.direction.detach(), engine.loop.direction.detach()[0], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(plain.direction.detach(), engine.training.direction[0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(plain.direction.norm(), torch.tensor(1.0))
     assert torch.cosine_similarity(plain.direction.detach(), initial[0], dim=0) < 0.999, "it has moved"
-    assert engine.loop.optimizer.param_groups[0]["lr"] != config.learning_rate
-    assert plain.optimizer.param_groups[0]["lr"] == engine.loop.optimizer.param_groups[0]["lr"]
+    assert engine.training.optimizer.param_groups[0]["lr"] != config.learning_rate
+    assert plain.optimizer.param_groups[0]["lr"] == engine.training.optimizer.param_groups[0]["lr"]
 
 
 def test_steps_go_through_the_batches_again_and_again() -> None:
@@ -331,7 +331,7 @@ def test_parts_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, back = (seen[: seen.index(HEAD)], seen[seen.index(HEAD) + 1 :])
     for half in (forward, back):
         assert half.count(ATTENTION) == half.count(MLP) == 3, "layers beyond the intervened one"
-    assert "accumulate_gradient" not in vars(engine.loop.objective)
+    assert "accumulate_gradient" not in vars(engine.objective)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.model.modules())
 
 

@@ -45,7 +45,7 @@ import os, signal, sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 from tiny_runs import tiny_run
-from cdas_fast.training import loop
+from cdas_fast.training import concept_run
 
 place, folder = sys.argv[1], Path(sys.argv[2])
 
@@ -53,9 +53,9 @@ def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if place == "caching":
-    loop.build_cache = die
+    concept_run.build_cache = die
 elif place == "artifact":
-    loop.SteeringVector.save_pretrained = die
+    concept_run.SteeringVector.save_pretrained = die
 elif place == "half an artifact":
     import cdas_fast.steering.vector
     cdas_fast.steering.vector.write_json = die
@@ -106,7 +106,7 @@ def test_run_over_several_concepts_resumes_at_the_one_it_had_reached(tmp_path: P
         for concept in (0, 1, 2)
         for record in PAIRS.to_records()
     ]
-    whole = tiny_run(records, **SETTINGS)
+    whole = tiny_run(records, concepts_together=1, **SETTINGS)
     seen: list[int] = []
 
     def interrupt(info: Any) -> None:
@@ -115,13 +115,14 @@ def test_run_over_several_concepts_resumes_at_the_one_it_had_reached(tmp_path: P
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny_run(records, output_dir=tmp_path / "out", callback=interrupt, **SETTINGS)
+        tiny_run(records, output_dir=tmp_path / "out", callback=interrupt, concepts_together=1, **SETTINGS)
     seen.clear()
     resumed = tiny_run(
         records,
         output_dir=tmp_path / "out",
         resume=True,
         callback=lambda info: seen.append(info.record.step),
+        concepts_together=1,
         **SETTINGS,
     )
     assert seen == [*range(5, STEPS + 1), *range(1, STEPS + 1)]

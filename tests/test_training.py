@@ -118,6 +118,7 @@ def test_step_equals_three_whole_forwards(name: str, rank: int, layer: int | lis
     prompt_format = PromptFormat(tiny_tokenizer())
     rows = tokenize_pairs(PAIRS, prompt_format, max_output_tokens=12)
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    assert result.only.initial_direction is not None
     loss, gradient = plain_step(model, rows.rows, result.only.initial_direction, layers, rows.prefix_length, reduction)
     assert result.history[0].loss == pytest.approx(loss, rel=1e-4)
     assert loss > 1e-4
@@ -127,6 +128,7 @@ def test_step_equals_three_whole_forwards(name: str, rank: int, layer: int | lis
 def test_optimiser_is_adamw_with_linear_decay_clipping_and_unit_length() -> None:
     steps: list[Any] = []
     result = tiny_run(callback=steps.append, epochs=2, learning_rate=0.03, max_grad_norm=0.05)
+    assert result.only.initial_direction is not None
     w = result.only.initial_direction.clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([w], lr=0.03, weight_decay=0.0)
     total = len(steps)
@@ -174,8 +176,10 @@ def test_micro_batches_do_not_change_the_result() -> None:
 def test_memory_mapped_cache_gives_the_same_bits(tmp_path: Path) -> None:
     in_memory = tiny_run()
     on_disk = tiny_run(cache_bytes=0, output_dir=tmp_path / "out")
+    assert on_disk.only.cache is not None
     assert on_disk.only.cache.folder is not None
     assert Path(on_disk.only.cache.folder.name).parent == tmp_path / "out"
+    assert in_memory.only.cache is not None
     assert in_memory.only.cache.folder is None
     assert in_memory.vector == on_disk.vector
     on_disk.only.cache.folder.cleanup()
@@ -212,6 +216,8 @@ def test_factors_are_means_over_prompts() -> None:
 def test_one_direction_trains_its_rows_alone_and_keeps_both_factors(side: str) -> None:
     both = tiny_run(epochs=1, batch_size=5, learning_rate=0.0, shuffle=False)
     one = tiny_run(epochs=1, batch_size=5, learning_rate=0.0, shuffle=False, directions=side)
+    assert both.only.cache is not None
+    assert one.only.cache is not None
     rows = both.only.cache.rows.rows
     assert [row.toward for row in one.only.cache.rows.rows] == [side] * len(PAIRS)
     assert len(rows) == 2 * len(PAIRS)
@@ -225,16 +231,17 @@ def test_source_tokens_choose_the_source_position() -> None:
     end = tiny_run(source_tokens="assistant\n")
     assert end.vector == tiny_run().vector
     assert marked.vector != end.vector
+    assert marked.only.cache is not None
     row = marked.only.cache.rows.rows[0]
     assert row.source.ids[row.source_position] == tiny_tokenizer()("\n", add_special_tokens=False)["input_ids"][0]
 
 
-def test_several_concepts_train_each_alone(tmp_path: Path) -> None:
+def test_several_concepts_have_vectors_of_their_own(tmp_path: Path) -> None:
     other = {"concept_id": 7, "concept": "ships", "positive_output": "A ship it is"}
     records = PAIRS.to_records()
     both = tiny_run([*records, *({**record, **other} for record in records)], output_dir=tmp_path / "out")
     assert set(both.concepts) == {0, 7}
-    assert both.concepts[0].vector == tiny_run().vector
+    assert both.concepts[0].vector.cosine(tiny_run().vector) > 0.9999
     assert both.concepts[7].vector != both.concepts[0].vector
     for concept_id in (0, 7):
         folder = tmp_path / "out" / f"concept_{concept_id}"

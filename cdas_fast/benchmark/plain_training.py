@@ -55,7 +55,7 @@ class PlainTraining:
         Phi(h) = h + (a - w.h) w,  a = w.h_source
 
     from the prefix on. Logits are those of every position in the model's dtype, distributions and divergence at the
-    response positions are float32, autograd does the rest. AdamW, clipping and decay are those of `TrainingLoop`.
+    response positions are float32, autograd does the rest. AdamW, clipping and decay are those of `ConceptTraining`.
 
     Args:
         decoder: the model, frozen.

@@ -38,12 +38,14 @@ from cdas_fast.benchmark.training_report import (
 from cdas_fast.data.pairs import ContrastivePairs
 from cdas_fast.data.prompts import PromptFormat
 from cdas_fast.data.rows import TokenRows, tokenize_pairs
+from cdas_fast.errors import NonFiniteError
 from cdas_fast.models.loading import EMBEDDED_MODEL, load_model
 from cdas_fast.models.structure import Decoder, frozen, inspect_decoder
 from cdas_fast.training.cache import build_cache
+from cdas_fast.training.concept import ConceptTraining, step_together
 from cdas_fast.training.config import Reduction, TrainingConfig
 from cdas_fast.training.directions import random_direction
-from cdas_fast.training.loop import TrainingLoop
+from cdas_fast.training.objective import DivergenceObjective
 
 PROFILED_STEPS = 2
 DEFINITIONS = [
@@ -81,12 +83,21 @@ class Engine:
             decoder, rows, config.layers, micro_batch_tokens=config.micro_batch_tokens, memory_bytes=config.cache_bytes
         )
         self.caching = Caching(time.perf_counter() - started, cache.nbytes, len(rows.positive_prompts))
-        self.loop = TrainingLoop(decoder, cache, config, initial, prefix_length=rows.prefix_length)
+        self.training = ConceptTraining(0, cache, config, initial, device=decoder.device)
+        self.objective = DivergenceObjective(
+            decoder,
+            cache.runner,
+            config.layers,
+            prefix_length=rows.prefix_length,
+            micro_batch_tokens=config.micro_batch_tokens,
+        )
 
     def step(self, number: int) -> StepResult:
         """Do the step of that number, from 0; after the last one of a run come its first ones again."""
-        self.loop.state = replace(self.loop.state, step=number % self.loop.total_steps)
-        info = self.loop.step()
+        self.training.state = replace(self.training.state, step=number % self.training.total_steps)
+        (info,) = step_together(self.objective, [self.training])
+        if isinstance(info, NonFiniteError):
+            raise info
         return StepResult(info.record.loss, info.record.minibatch_losses, info.gradient[0])
 
 
@@ -340,24 +351,27 @@ def _parts(variant: PlainTraining | Engine, problem: Problem, steps: int) -> dic
 
 @contextmanager
 def _watched_plain(plain: PlainTraining, watch: Stopwatch, decoder: Decoder) -> Iterator[None]:
+    handle = watch.ends_with(plain.direction, OTHER)
     with (
-        watch.hooked(decoder, plain.direction, OTHER),
+        watch.hooked(decoder),
         _set(plain, "tokens", watch.during(DATA, plain.tokens)),
         _set(plain, "intervene", watch.around(INTERCHANGE, plain.intervene)),
     ):
         yield
+    handle.remove()
 
 
 @contextmanager
 def _watched_engine(engine: Engine, watch: Stopwatch, decoder: Decoder) -> Iterator[None]:
-    objective = engine.loop.objective
+    objective = engine.objective
     accumulate = objective.accumulate_gradient
 
-    def accumulate_gradient(rows: Sequence[int], weights: Sequence[float], intervention: Any) -> Tensor:
-        return watch.during(DATA, accumulate)(rows, weights, watch.around(INTERCHANGE, intervention))
+    def accumulate_gradient(rows: Any, weights: Any, intervention: Any, concepts: Any) -> Tensor:
+        watch.ends_with(intervention.direction, DATA)
+        return watch.during(DATA, accumulate)(rows, weights, watch.around(INTERCHANGE, intervention), concepts)
 
     with (
-        watch.hooked(decoder, engine.loop.direction, DATA),
+        watch.hooked(decoder),
         _set(objective, "accumulate_gradient", accumulate_gradient),
     ):
         yield

@@ -79,10 +79,14 @@ class Stopwatch:
 
         return timed
 
+    def ends_with(self, direction: Tensor, after: str) -> Any:
+        """What follows the backward pass, which ends with the gradient of the leaf `direction`, counts as `after`."""
+        return direction.register_post_accumulate_grad_hook(lambda _: self.enter(after))
+
     @contextmanager
-    def hooked(self, decoder: Decoder, direction: Tensor, after: str) -> Iterator[None]:
-        """Watch the model; `after` the backward pass, which ends with the gradient of the leaf `direction`."""
-        handles = [direction.register_post_accumulate_grad_hook(lambda _: self.enter(after))]
+    def hooked(self, decoder: Decoder) -> Iterator[None]:
+        """Watch the model."""
+        handles: list[Any] = []
 
         def enters(part: str) -> Callable[[nn.Module, Any, Any], Any]:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -16,15 +16,16 @@ from cdas_fast.errors import IncompatibleModelError, InvalidInputError, expected
 from cdas_fast.models.structure import frozen, inspect_decoder
 from cdas_fast.steering.vector import Factors, SteeringVector
 from cdas_fast.training.cache import ActivationCache, build_cache
+from cdas_fast.training.concept_run import ConceptResult
 from cdas_fast.training.config import Reduction
 from cdas_fast.training.directions import difference_in_means, random_direction
-from cdas_fast.training.loop import ConceptResult
 from cdas_fast.training.objective import (
     DivergenceObjective,
+    Interchange,
     Intervention,
     clamp_to,
-    interchange_with,
     leave_alone,
+    mean_divergence,
 )
 
 
@@ -107,14 +108,21 @@ def held_out_divergence(
                 progress=progress,
             )
         objective = DivergenceObjective(
-            decoder, cache, prefix_length=first.prefix_length, micro_batch_tokens=micro_batch_tokens
+            decoder,
+            cache.runner,
+            cache.layers,
+            prefix_length=first.prefix_length,
+            micro_batch_tokens=micro_batch_tokens,
         )
+        rows_toward = {
+            side: [row for row in map(cache.row, range(len(cache))) if row.row.toward == side]
+            for side in ("positive", "negative")
+        }
 
         def measure(name: str, intervention_name: str, intervention: Intervention) -> HeldOutDivergence:
             sides = []
-            for side in ("positive", "negative"):
-                rows = [index for index, row in enumerate(objective.cache.rows.rows) if row.toward == side]
-                sides.append(objective.average(rows, objective.evaluate(rows, intervention), reduction))
+            for rows in rows_toward.values():
+                sides.append(mean_divergence(rows, objective.evaluate(rows, intervention), reduction))
             return HeldOutDivergence(name, intervention_name, *sides)
 
         results = [measure("no steering", "none", leave_alone)]
@@ -125,12 +133,15 @@ def held_out_divergence(
                     multiplier * side.mean.to(decoder.device) for side in (vector.positive, vector.negative)
                 )
                 results.append(measure(name, "clamp", clamp_to(direction, positive, negative)))
-            results.append(measure(name, "interchange", interchange_with(direction)))
+            results.append(measure(name, "interchange", Interchange(direction)))
     return results
 
 
 def baseline_vectors(result: ConceptResult, seed: int = 1) -> dict[str, SteeringVector]:
     """A random direction and the difference in means, with factors read off the trained one's prompts."""
+    if result.cache is None:
+        wanted = "the result of a run over a single concept, which keeps its activations"
+        raise InvalidInputError(expected_got("result", wanted, "one without activations"))
     positive, negative = result.cache.positive_sources.float(), result.cache.negative_sources.float()
     vector = result.vector
     directions = {

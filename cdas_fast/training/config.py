@@ -50,6 +50,8 @@ class TrainingConfig:
         prefix_length: positions that are never intervened on; None derives them from the chat template.
         packing: `packed` rows go through the model one behind the other, and the prefix that all share is computed
             once; `padded` ones each by itself; `auto` packs where it can, see `cdas_fast.models.packed.make_runner`.
+        concepts_together: of several concepts, how many train at a time, their rows in the same micro-batches; None for
+            as many as fill one. It bears on memory and speed; results differ by the rounding of products at most.
         micro_batch_tokens: tokens that go through the suffix at once, pads counted; bounds memory, not the result.
         cache_bytes: activations are kept in memory up to this size, and in memory-mapped files beyond it.
         checkpoint_every: steps between checkpoints.
@@ -77,6 +79,7 @@ class TrainingConfig:
     clean_spaces: bool = True
     prefix_length: int | None = None
     packing: Packing = "auto"
+    concepts_together: int | None = None
     micro_batch_tokens: int = 4096
     cache_bytes: int = 4 * 2**30
     checkpoint_every: int = 10
@@ -93,12 +96,13 @@ class TrainingConfig:
             "batch_size",
             "max_output_tokens",
             "max_examples",
+            "concepts_together",
             "micro_batch_tokens",
             "checkpoint_every",
             "evaluate_every",
         ):
             value = getattr(self, name)
-            optional = name in ("max_output_tokens", "max_examples")
+            optional = name in ("max_output_tokens", "max_examples", "concepts_together")
             if not (value is None and optional) and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
@@ -141,6 +145,6 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, for telling whether a run may be resumed."""
         result = self.to_dict()
-        for name in ("cache_bytes", "checkpoint_every", "evaluate_every"):
+        for name in ("cache_bytes", "checkpoint_every", "evaluate_every", "concepts_together"):
             del result[name]
         return result

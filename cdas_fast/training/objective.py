@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from cdas_fast.errors import InvalidInputError, expected_got
-from cdas_fast.models.packed import Rows
+from cdas_fast.models.packed import Rows, Runner
 from cdas_fast.models.structure import Decoder
 from cdas_fast.ops import clamp, linear_jsd
 from cdas_fast.ops.implementation import Implementation
 from cdas_fast.ops.interchange import project
-from cdas_fast.training.cache import ActivationCache, batches_by_tokens
+from cdas_fast.training.cache import CachedRow, batches_by_tokens
 from cdas_fast.training.config import Reduction
 
 
@@ -33,6 +33,7 @@ class MicroBatch:
     owners: Tensor  # (N,) the row of each token
     source: Tensor  # (B, layers, D)
     toward_positive: Tensor  # (B,) bool
+    concepts: Tensor | None  # (B,) the concept of each row, where there are several
     mask: Tensor | None  # (N,) bool, True where an intervention is made; everywhere if None
 
 
@@ -40,14 +41,25 @@ class MicroBatch:
 Intervention = Callable[[Tensor, int, MicroBatch], Tensor]
 
 
-def interchange_with(direction: Tensor, impl: Implementation = "auto") -> Intervention:
-    """Give every position the source's coordinates along `direction` (R, D)."""
+@dataclass(frozen=True)
+class Interchange:
+    """Give every position the source's coordinates along `direction`."""
 
-    def intervene(hidden: Tensor, slot: int, batch: MicroBatch) -> Tensor:
-        value = project(batch.source[:, slot], direction, impl=impl)
-        return clamp(hidden, value[batch.owners], direction, mask=batch.mask, impl=impl)
+    direction: Tensor  # (R, D), or (K, R, D) of K concepts
+    impl: Implementation = "auto"
 
-    return intervene
+    def __call__(self, hidden: Tensor, slot: int, batch: MicroBatch) -> Tensor:
+        """See `Intervention`."""
+        concepts = batch.concepts
+        value = project(batch.source[:, slot], self.direction, direction_index=concepts, impl=self.impl)
+        return clamp(
+            hidden,
+            value[batch.owners],
+            self.direction,
+            mask=batch.mask,
+            direction_index=None if concepts is None else concepts[batch.owners],
+            impl=self.impl,
+        )
 
 
 def clamp_to(direction: Tensor, positive: Tensor, negative: Tensor, impl: Implementation = "auto") -> Intervention:
@@ -69,82 +81,99 @@ def _edit(intervention: Intervention, slot: int, batch: MicroBatch, hidden: Tens
     return intervention(hidden, slot, batch)
 
 
+def mean_divergence(rows: Sequence[CachedRow], losses: Tensor, reduction: Reduction) -> float:
+    """Mean of the rows' mean divergences (rows,): over sequences, or over all their response tokens."""
+    if reduction == "sequence":
+        return float(losses.mean())
+    lengths = torch.tensor([float(row.response_length) for row in rows])
+    return float((losses * lengths).sum() / lengths.sum())
+
+
 class DivergenceObjective:
-    """The loss over the rows of a cache."""
+    """The loss of cached rows.
+
+    Args:
+        decoder: the model.
+        runner: that the rows were cached with.
+        layers: the intervened ones, ascending.
+        prefix_length: positions that are never intervened on.
+        beta: weight of the target, see `linear_jsd`.
+        micro_batch_tokens: tokens that go through the suffix at once, pads counted.
+        impl: implementation of the ops.
+
+    Raises:
+        InvalidInputError: a prefix shorter than the one that the runner leaves out.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
-        cache: ActivationCache,
+        runner: Runner,
+        layers: Sequence[int],
         *,
         prefix_length: int,
         beta: float = 0.5,
         micro_batch_tokens: int = 4096,
         impl: Implementation = "auto",
     ) -> None:
-        if prefix_length < cache.shared_prefix_length:
-            wanted = f"at least {cache.shared_prefix_length}, which the cache was built for"
+        if prefix_length < len(runner.prefix_ids):
+            wanted = f"at least {len(runner.prefix_ids)}, which the activations were cached for"
             raise InvalidInputError(expected_got("prefix_length", wanted, prefix_length))
         self.decoder = decoder
-        self.cache = cache
+        self.runner = runner
+        self.layers = tuple(layers)
         self.prefix_length = prefix_length
         self.beta = beta
         self.micro_batch_tokens = micro_batch_tokens
         self.impl: Implementation = impl
 
-    def response_length(self, row: int) -> int:
-        """Number of response tokens of a row."""
-        return self.cache.rows.rows[row].base.response_length
-
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[int], intervention: Intervention) -> Tensor:
+    def evaluate(self, rows: Sequence[CachedRow], intervention: Intervention) -> Tensor:
         """Mean divergence over the response of each row, (rows,) float32, in nats."""
-        losses = torch.zeros(len(rows))
-        for batch, owner, token_losses in self._token_losses(rows, intervention):
-            sums = torch.zeros(len(batch.places), device=owner.device).index_add_(0, owner, token_losses.float())
-            for place, total in zip(batch.places, sums.tolist(), strict=True):
-                losses[place] = total / self.response_length(rows[place])
-        return losses
-
-    def average(self, rows: Sequence[int], losses: Tensor, reduction: Reduction) -> float:
-        """Mean of the rows' mean divergences (rows,): over sequences, or over all their response tokens."""
-        if reduction == "sequence":
-            return float(losses.mean())
-        lengths = torch.tensor([float(self.response_length(row)) for row in rows])
-        return float((losses * lengths).sum() / lengths.sum())
+        lengths = torch.tensor([float(row.response_length) for row in rows])
+        sums = [(batch, _row_sums(batch, *found)) for batch, *found in self._token_losses(rows, intervention)]
+        return _in_order(sums, len(rows)) / lengths
 
     def accumulate_gradient(
-        self, rows: Sequence[int], row_weights: Sequence[float], intervention: Intervention
+        self,
+        rows: Sequence[CachedRow],
+        row_weights: Sequence[float],
+        intervention: Intervention,
+        concepts: Sequence[int] | None = None,
     ) -> Tensor:
         """Add to the direction's gradient that of sum_r row_weights[r] sum_k JSD_rk.
+
+        Args:
+            rows: the rows.
+            row_weights: theirs.
+            intervention: what depends on the direction.
+            concepts: the concept of each row, for an intervention that has several.
 
         Returns:
             Sums of the divergence over the response of each row, (rows,) float32.
         """
-        sums = torch.zeros(len(rows))
-        for batch, owner, token_losses in self._token_losses(rows, intervention):
+        sums = []
+        for batch, owner, token_losses in self._token_losses(rows, intervention, concepts):
             weights = torch.tensor([row_weights[place] for place in batch.places], device=owner.device)
             torch.autograd.backward((token_losses * weights[owner].to(token_losses.dtype)).sum())
-            detached = token_losses.detach().float()
-            batch_sums = torch.zeros(len(batch.places), device=owner.device).index_add_(0, owner, detached)
-            sums[list(batch.places)] = batch_sums.cpu()
-        return sums
+            sums.append((batch, _row_sums(batch, owner, token_losses.detach())))
+        return _in_order(sums, len(rows))
 
     def _token_losses(
-        self, rows: Sequence[int], intervention: Intervention
+        self, rows: Sequence[CachedRow], intervention: Intervention, concepts: Sequence[int] | None = None
     ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
-        """For each micro-batch: places in `rows`, and per response token its place in the batch and its loss."""
-        cache, head = self.cache, self.decoder.head
-        lengths = [cache.base_length(row) for row in rows]
+        """For each micro-batch: per response token its row's place in the batch, and its loss."""
+        head = self.decoder.head
+        lengths = [len(row.base_hidden) for row in rows]
         order = sorted(range(len(rows)), key=lambda place: -lengths[place])
-        for places in batches_by_tokens(order, lengths, self.micro_batch_tokens, pads=cache.runner.pads):
+        for places in batches_by_tokens(order, lengths, self.micro_batch_tokens, pads=self.runner.pads):
             asked = [rows[place] for place in places]
-            batch, hidden = self._assemble(asked, tuple(places))
+            batch, hidden = self._assemble(asked, tuple(places), concepts)
             edited = intervention(hidden, 0, batch)
             edits = {
-                layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(cache.layers) if slot > 0
+                layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(self.layers) if slot > 0
             }
-            final = cache.runner.suffix(cache.layers[0], edited, batch.rows, edits=edits)
+            final = self.runner.suffix(self.layers[0], edited, batch.rows, edits=edits)
             owners, predicting, target = self._responses(asked, batch)
             losses = linear_jsd(
                 final[predicting],
@@ -159,30 +188,44 @@ class DivergenceObjective:
             )
             yield batch, owners, losses
 
-    def _responses(self, rows: Sequence[int], batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _responses(self, rows: Sequence[CachedRow], batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """For each response token: its row in the batch, the packed token that predicts it, its target (D,)."""
-        cache, device = self.cache, self.decoder.device
-        lengths = torch.tensor([self.response_length(row) for row in rows])
+        device = self.decoder.device
+        lengths = torch.tensor([row.response_length for row in rows])
         owners = torch.repeat_interleave(lengths)
         ends = batch.rows.starts[1:] - 1  # the last token of a row predicts nothing
         firsts = lengths.cumsum(0) - lengths
         predicting = ends[owners] - lengths[owners] + torch.arange(len(owners)) - firsts[owners]
-        target = torch.cat(
-            [cache.target_final[cache.target_starts[row] : cache.target_starts[row + 1]] for row in rows]
-        )
+        target = torch.cat([row.target_final for row in rows])
         return owners.to(device), predicting.to(device), target.to(device)
 
-    def _assemble(self, rows: Sequence[int], places: tuple[int, ...]) -> tuple[MicroBatch, Tensor]:
-        cache, device = self.cache, self.decoder.device
-        packed = Rows(tuple(map(cache.base_length, rows)), cache.shared_prefix_length)
-        hidden = torch.cat([cache.base_hidden[cache.base_starts[row] : cache.base_starts[row + 1]] for row in rows])
-        everywhere = self.prefix_length == cache.shared_prefix_length
+    def _assemble(
+        self, rows: Sequence[CachedRow], places: tuple[int, ...], concepts: Sequence[int] | None
+    ) -> tuple[MicroBatch, Tensor]:
+        shared, device = len(self.runner.prefix_ids), self.decoder.device
+        packed = Rows(tuple(len(row.base_hidden) for row in rows), shared)
+        hidden = torch.cat([row.base_hidden for row in rows])
         batch = MicroBatch(
             places=places,
             rows=packed,
             owners=packed.owners.to(device),
-            source=torch.stack([cache.source(row) for row in rows]).to(device),
-            toward_positive=torch.tensor([cache.rows.rows[row].toward == "positive" for row in rows], device=device),
-            mask=None if everywhere else (packed.positions >= self.prefix_length).to(device),
+            source=torch.stack([row.source for row in rows]).to(device),
+            toward_positive=torch.tensor([row.row.toward == "positive" for row in rows], device=device),
+            concepts=None if concepts is None else torch.tensor([concepts[place] for place in places], device=device),
+            mask=None if self.prefix_length == shared else (packed.positions >= self.prefix_length).to(device),
         )
         return batch, hidden.to(device)
+
+
+def _row_sums(batch: MicroBatch, owner: Tensor, token_losses: Tensor) -> Tensor:
+    """Sums over the response of each row of the batch, float32, left on the device."""
+    return torch.zeros(len(batch.places), device=owner.device).index_add_(0, owner, token_losses.float())
+
+
+def _in_order(sums: Sequence[tuple[MicroBatch, Tensor]], count: int) -> Tensor:
+    """The sums of all batches at the places of their rows, on the CPU."""
+    result = torch.zeros(count)
+    if sums:
+        places = [place for batch, _ in sums for place in batch.places]
+        result[places] = torch.cat([each for _, each in sums]).cpu()
+    return result

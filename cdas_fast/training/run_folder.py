@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cdas_fast.errors import InvalidInputError, StorageError, expected_got
 from cdas_fast.storage import make_output_folder, read_tensors, write_tensors, write_text
 
 CHECKPOINT = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"  # the one before, of a concept that trains beside others
 LOG = "training_log.jsonl"
 ARTIFACT_CONFIG = "config.json"  # written last: its presence says that the run is complete
 REPORT = "report.html"
@@ -58,6 +59,8 @@ class Checkpoint:
     direction: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    round: int = 0  # of the run's steps over all concepts
+    company: str = ""  # hash of the concepts that the run trains, and of how many at a time
 
 
 def refuse_used_folder(path: str | os.PathLike[str]) -> None:
@@ -85,8 +88,10 @@ class RunFolder:
         self.path = Path(path)
         self.identity = dict(identity)
 
-    def prepare(self, resume: bool) -> Checkpoint | None:
-        """Make the folder, or find the checkpoint to go on from. Nothing that is there is changed unless it is resumed.
+    def prepare(self, resume: bool) -> tuple[Checkpoint, ...]:
+        """Make the folder, or find the checkpoints to go on from, the newest first.
+
+        Nothing that is there is changed unless it is resumed.
 
         Raises:
             InvalidInputError: the folder is not empty and not to be resumed, or its run had other settings.
@@ -100,39 +105,47 @@ class RunFolder:
             (shutil.rmtree if (self.path / scrap).is_dir() else os.unlink)(self.path / scrap)
         entries = [name for name in entries if not _is_scrap(name)]
         if not entries:
-            return None
-        if CHECKPOINT not in entries:
+            return ()
+        if not {CHECKPOINT, PREVIOUS} & set(entries):
             if set(entries) <= {LOG}:
-                return None  # ended before its first checkpoint
+                return ()  # ended before its first checkpoint
             raise InvalidInputError(
                 expected_got(f"output folder {self.path}", f"a {CHECKPOINT} to resume from", ", ".join(entries[:4]))
             )
-        return self._read_checkpoint()
+        return tuple(self._read_checkpoint(name) for name in (CHECKPOINT, PREVIOUS) if name in entries)
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, *, keep_previous: bool = False) -> None:
         """Replace the checkpoint, atomically, after the log of its steps is on the disk."""
         log = self.path / LOG
         if log.exists():
             with log.open("ab") as file:
                 os.fsync(file.fileno())
         tensors = {name: getattr(checkpoint, name) for name in ("direction", "exp_avg", "exp_avg_sq")}
-        metadata = {"step": str(checkpoint.step), "identity": json.dumps(self.identity, sort_keys=True)}
+        metadata = {
+            "step": str(checkpoint.step),
+            "round": str(checkpoint.round),
+            "company": checkpoint.company,
+            "identity": json.dumps(self.identity, sort_keys=True),
+        }
+        if keep_previous and (self.path / CHECKPOINT).exists():
+            (self.path / CHECKPOINT).replace(self.path / PREVIOUS)
         write_tensors(self.path / CHECKPOINT, tensors, metadata)
 
     def start_log(self, last_step: int) -> list[StepRecord]:
         """Cut the log behind `last_step` and return what is left of it."""
-        log = self.path / LOG
-        records = []
+        records = [record for record in self.read_log() if record.step <= last_step]
+        write_text(self.path / LOG, "".join(record.to_line() for record in records))
+        return records
+
+    def read_log(self) -> list[StepRecord]:
+        """The log up to a line torn by an interruption, if there is one: what follows it is done again."""
+        log, records = self.path / LOG, []
         if log.exists():
             for line in log.read_text(encoding="utf-8").splitlines():
                 try:
-                    record = StepRecord.from_line(line)
+                    records.append(StepRecord.from_line(line))
                 except (ValueError, KeyError, TypeError):
-                    break  # a line torn by the interruption; what follows it is done again
-                if record.step > last_step:
                     break
-                records.append(record)
-        write_text(log, "".join(record.to_line() for record in records))
         return records
 
     def append(self, record: StepRecord) -> None:
@@ -150,16 +163,18 @@ class RunFolder:
         """Whether the run there has ended with an artifact."""
         return (self.path / ARTIFACT_CONFIG).is_file()
 
-    def _read_checkpoint(self) -> Checkpoint:
+    def _read_checkpoint(self, name: str) -> Checkpoint:
         from safetensors import safe_open
 
-        path = self.path / CHECKPOINT
+        path = self.path / name
         tensors = read_tensors(path)
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
         try:
             identity, step = json.loads(metadata["identity"]), int(metadata["step"])
-            checkpoint = Checkpoint(step, tensors["direction"], tensors["exp_avg"], tensors["exp_avg_sq"])
+            round_, company = int(metadata["round"]), metadata["company"]
+            state = (tensors["direction"], tensors["exp_avg"], tensors["exp_avg_sq"])
+            checkpoint = Checkpoint(step, *state, round_, company)
         except (KeyError, ValueError) as error:
             raise StorageError(
                 expected_got(str(path), "a checkpoint of this program", f"one without {error}")
@@ -171,3 +186,26 @@ class RunFolder:
             remedy = "Resume with the settings it was started with, or choose another output folder."
             raise InvalidInputError(expected_got(f"resuming {self.path}", "the same run", changes, remedy))
         return checkpoint
+
+
+def common_round(found: Mapping[int, Sequence[Checkpoint]], company: str) -> tuple[int, dict[int, Checkpoint]]:
+    """The last round of which all concepts that have begun hold a checkpoint, and those checkpoints.
+
+    Without one, as when a run is resumed with other concepts beside, each goes on from its newest checkpoint; products
+    may then round otherwise than in the run that was interrupted.
+
+    Args:
+        found: the checkpoints of each concept, the newest first; none of those that have not begun.
+        company: of the run that goes on.
+    """
+    begun = {concept_id: checkpoints for concept_id, checkpoints in found.items() if checkpoints}
+    rounds = [{each.round for each in checkpoints if each.company == company} for checkpoints in begun.values()]
+    common = set.intersection(*rounds) if rounds else {0}
+    if not common:
+        return 0, {concept_id: checkpoints[0] for concept_id, checkpoints in begun.items()}
+    last = max(common)
+    states = {
+        concept_id: next(each for each in checkpoints if each.round == last)
+        for concept_id, checkpoints in begun.items()
+    }
+    return last, states

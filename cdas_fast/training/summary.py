@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from cdas_fast.report import Answer, DivergenceRow, LossCurve, Projections, ReportContent, write_report
-from cdas_fast.training.loop import ConceptResult, TrainingResult
+from cdas_fast.training.concept_run import ConceptResult
+from cdas_fast.training.loop import TrainingResult
+
+WHOLE = 4  # concepts of which several lines are shown
 
 
 def describe_training(result: TrainingResult) -> str:
     """What a run did, as a few lines of text: losses, factors, time and memory."""
-    lines = []
-    for concept_id, outcome in result.concepts.items():
-        vector, history = outcome.vector, outcome.history
-        assert vector.positive is not None
-        assert vector.negative is not None
-        lines.append(f"Concept {concept_id}: {vector.concept or 'unnamed'}")
-        lines.append(f"  loss            {history[0].loss:.4f} -> {history[-1].loss:.4f} nats in {len(history)} steps")
-        evaluated = [record.held_out_loss for record in history if record.held_out_loss is not None]
-        if evaluated:
-            lines.append(f"  held-out loss   {evaluated[0]:.4f} -> {evaluated[-1]:.4f} nats (first, last evaluation)")
-        for name, factors in (("a+", vector.positive), ("a-", vector.negative)):
-            assert factors.std is not None
-            values = zip(factors.mean.flatten().tolist(), factors.std.flatten().tolist(), strict=True)
-            lines.append(f"  factor {name}       " + ", ".join(f"{mean:.3f} +- {std:.3f}" for mean, std in values))
-        lines.append(
-            f"  time            {outcome.cache_seconds:.1f} s caching, {outcome.training_seconds:.1f} s training, "
-            f"median step {outcome.step_seconds:.3f} s"
-        )
-        if outcome.output_dir is not None:
-            lines.append(f"  written to      {outcome.output_dir} (report.html, steering_vector.safetensors)")
+    describe = _describe if len(result.concepts) <= WHOLE else _describe_shortly
+    lines = [line for concept_id, outcome in result.concepts.items() for line in describe(concept_id, outcome)]
+    lines += [f"Concept {concept_id}: {error}" for concept_id, error in result.failed.items()]
     lines.append(f"Peak memory {result.peak_memory_bytes / 2**30:.2f} GiB")
     return "\n".join(lines)
+
+
+def _describe(concept_id: int, outcome: ConceptResult) -> list[str]:
+    vector, history = outcome.vector, outcome.history
+    assert vector.positive is not None
+    assert vector.negative is not None
+    lines = [
+        f"Concept {concept_id}: {vector.concept or 'unnamed'}",
+        f"  loss            {history[0].loss:.4f} -> {history[-1].loss:.4f} nats in {len(history)} steps",
+    ]
+    evaluated = [record.held_out_loss for record in history if record.held_out_loss is not None]
+    if evaluated:
+        lines.append(f"  held-out loss   {evaluated[0]:.4f} -> {evaluated[-1]:.4f} nats (first, last evaluation)")
+    for name, factors in (("a+", vector.positive), ("a-", vector.negative)):
+        assert factors.std is not None
+        values = zip(factors.mean.flatten().tolist(), factors.std.flatten().tolist(), strict=True)
+        lines.append(f"  factor {name}       " + ", ".join(f"{mean:.3f} +- {std:.3f}" for mean, std in values))
+    lines.append(
+        f"  time            {outcome.cache_seconds:.1f} s caching, {outcome.training_seconds:.1f} s training, "
+        f"median step {outcome.step_seconds:.3f} s"
+    )
+    if outcome.output_dir is not None:
+        lines.append(f"  written to      {outcome.output_dir} (report.html, steering_vector.safetensors)")
+    return lines
+
+
+def _describe_shortly(concept_id: int, outcome: ConceptResult) -> list[str]:
+    vector, history = outcome.vector, outcome.history
+    evaluated = [record.held_out_loss for record in history if record.held_out_loss is not None]
+    held_out = f", held out {evaluated[0]:.4f} -> {evaluated[-1]:.4f}" if evaluated else ""
+    name = textwrap.shorten(vector.concept or "unnamed", 40, placeholder=" ...")
+    return [
+        f"Concept {concept_id}: {name}: {history[0].loss:.4f} -> {history[-1].loss:.4f} nats in {len(history)} steps"
+        f"{held_out}, {outcome.cache_seconds:.1f} s caching, {outcome.training_seconds:.1f} s training"
+    ]
 
 
 def write_run_report(
@@ -46,6 +68,8 @@ def write_run_report(
     vector = result.vector
     assert vector.positive is not None
     assert vector.negative is not None
+    assert result.positive_projections is not None
+    assert result.negative_projections is not None
     evaluated = [record for record in result.history if record.held_out_loss is not None]
     projections = [
         Projections(

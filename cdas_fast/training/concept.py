@@ -1,0 +1,235 @@
+"""The training of one concept: which rows a step takes, and what their gradient does to the direction.
+
+The gradient itself is made by `step_together`, for the rows of several concepts at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdas_fast.errors import NonFiniteError, expected_got
+from cdas_fast.training.cache import ActivationCache, CachedRow
+from cdas_fast.training.config import TrainingConfig
+from cdas_fast.training.directions import orthonormalize
+from cdas_fast.training.objective import DivergenceObjective, Interchange, mean_divergence
+from cdas_fast.training.run_folder import Checkpoint, StepRecord
+
+Evaluate = Callable[[ActivationCache, Tensor], float]  # rows, direction (R, D) -> their mean divergence in nats
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback is given after each step of a concept."""
+
+    concept_id: int
+    record: StepRecord
+    gradient: Tensor  # (R, D), before clipping
+    direction: Tensor  # (R, D), after the step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of a concept's step."""
+
+    minibatches: tuple[tuple[CachedRow, ...], ...]
+    weights: tuple[float, ...]  # of each row's summed divergence in the loss of the step
+
+    @property
+    def rows(self) -> tuple[CachedRow, ...]:
+        """Those of all minibatches."""
+        return tuple(row for minibatch in self.minibatches for row in minibatch)
+
+    @property
+    def tokens(self) -> int:
+        """Base tokens beyond the shared prefix."""
+        return sum(len(row.base_hidden) for row in self.rows)
+
+
+class ConceptTraining:
+    """Steps of AdamW on a concept's direction, with the state that a checkpoint holds.
+
+    Args:
+        concept_id: names it in what callbacks are given.
+        cache: the activations of the rows to train on.
+        config: the settings.
+        initial: the initial direction (R, D), orthonormal.
+        device: of the model.
+        held_out: the activations of held-out rows, if their loss is to be measured.
+        checkpoint: the state to go on from, instead of the initial direction.
+        records: the log of the steps before it.
+    """
+
+    def __init__(
+        self,
+        concept_id: int,
+        cache: ActivationCache,
+        config: TrainingConfig,
+        initial: Tensor,
+        *,
+        device: torch.device,
+        held_out: ActivationCache | None = None,
+        checkpoint: Checkpoint | None = None,
+        records: Sequence[StepRecord] = (),
+    ) -> None:
+        self.concept_id, self.cache, self.held_out, self.config = concept_id, cache, held_out, config
+        self.records = list(records)
+        self.rows_per_pair = 2 if config.directions == "both" else 1
+        self.pairs = len(cache) // self.rows_per_pair
+        self.steps_per_epoch = -(-self.pairs // config.batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.state = checkpoint or Checkpoint(0, initial, torch.zeros_like(initial), torch.zeros_like(initial))
+        self.direction = self.state.direction.to(device).clone()
+        self.optimizer = torch.optim.AdamW(
+            [self.direction], lr=config.learning_rate, betas=config.betas, weight_decay=0.0, foreach=False
+        )
+        self.optimizer.state[self.direction] = {
+            "step": torch.tensor(float(self.state.step)),
+            "exp_avg": self.state.exp_avg.to(device).clone(),
+            "exp_avg_sq": self.state.exp_avg_sq.to(device).clone(),
+        }
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.step >= self.total_steps
+
+    def batch(self) -> Batch:
+        """The rows of the step after `state.step` others."""
+        epoch, place = divmod(self.state.step, self.steps_per_epoch)
+        size = self.config.batch_size
+        pairs = self._order(epoch)[place * size : (place + 1) * size]
+        rows = [
+            self.cache.row(pair * self.rows_per_pair + offset) for pair in pairs for offset in range(self.rows_per_pair)
+        ]
+        # b pairs are minibatches of b sequences, in both directions two of them
+        minibatches = tuple(tuple(rows[start : start + len(pairs)]) for start in range(0, len(rows), len(pairs)))
+        weights: list[float] = []
+        for minibatch in minibatches:
+            lengths = [row.response_length for row in minibatch]
+            if self.config.reduction == "sequence":
+                weights += [1 / (len(rows) * length) for length in lengths]
+            else:
+                weights += [1 / (len(minibatches) * sum(lengths))] * len(minibatch)
+        return Batch(minibatches, tuple(weights))
+
+    def update(self, batch: Batch, sums: Tensor, gradient: Tensor, *, seconds: float, evaluate: Evaluate) -> StepInfo:
+        """Do the step: clipping, AdamW, and the rows made orthonormal again.
+
+        Args:
+            batch: what `batch()` gave.
+            sums: of the divergence over the response of each of its rows, (rows,).
+            gradient: of the step's loss, (R, D).
+            seconds: that it took to find them.
+            evaluate: measures held-out rows.
+
+        Raises:
+            NonFiniteError: a NaN or an infinity; the state is as it was.
+        """
+        started = time.perf_counter()
+        step, config = self.state.step, self.config
+        self._require_finite(step, batch, sums, gradient)
+        self.direction.grad = gradient.clone()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_([self.direction], config.max_grad_norm))
+        learning_rate = config.learning_rate * (1 - step / self.total_steps)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        self.direction.copy_(orthonormalize(self.direction))
+        moments = self.optimizer.state[self.direction]
+        losses = self._minibatch_losses(batch, sums)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        last = place == self.steps_per_epoch - 1
+        due = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
+        seconds += time.perf_counter() - started
+        record = StepRecord(
+            step=step + 1,
+            epoch=epoch + 1,
+            loss=sum(losses) / len(losses),
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens=batch.tokens,
+            seconds=seconds,
+            minibatch_losses=losses,
+            held_out_loss=evaluate(self.held_out, self.direction) if self.held_out and last and due else None,
+        )
+        self.state = Checkpoint(
+            step + 1,
+            self.direction.cpu().clone(),
+            moments["exp_avg"].cpu().clone(),
+            moments["exp_avg_sq"].cpu().clone(),
+        )
+        self.records.append(record)
+        return StepInfo(self.concept_id, record, gradient.cpu(), self.state.direction)
+
+    def _order(self, epoch: int) -> list[int]:
+        """Pairs in the order of an epoch. It depends on seed and epoch alone, so that a resumed run goes on with it."""
+        if not self.config.shuffle:
+            return list(range(self.pairs))
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(self.pairs, generator=generator).tolist()
+        return order
+
+    def _minibatch_losses(self, batch: Batch, sums: Tensor) -> tuple[float, ...]:
+        losses = []
+        remaining = sums.tolist()
+        for minibatch in batch.minibatches:
+            own, remaining = remaining[: len(minibatch)], remaining[len(minibatch) :]
+            lengths = [row.response_length for row in minibatch]
+            if self.config.reduction == "token":
+                losses.append(sum(own) / sum(lengths))
+            else:
+                losses.append(sum(total / length for total, length in zip(own, lengths, strict=True)) / len(own))
+        return tuple(losses)
+
+    def _require_finite(self, step: int, batch: Batch, sums: Tensor, gradient: Tensor) -> None:
+        bad = [row.name for row, total in zip(batch.rows, sums.tolist(), strict=True) if not abs(total) < float("inf")]
+        if bad or not torch.isfinite(gradient).all():
+            where = ", ".join(bad[:4]) if bad else "the gradient"
+            remedy = "The state before this step is kept. Lower the learning rate or load the model in float32."
+            raise NonFiniteError(
+                expected_got(f"step {step + 1}", "a finite loss and gradient", f"NaN or infinity in {where}", remedy)
+            )
+
+
+def step_together(
+    objective: DivergenceObjective, concepts: Sequence[ConceptTraining]
+) -> list[StepInfo | NonFiniteError]:
+    """Do one step of each concept, their rows in the same micro-batches. One that meets a NaN does not take its step.
+
+    Each concept has its own direction, so the gradients are those that it has alone; only the rounding of matrix
+    products may depend on what else is in a batch.
+    """
+    started = time.perf_counter()
+    batches = [concept.batch() for concept in concepts]
+    alone = len(concepts) == 1
+    directions = [concept.direction for concept in concepts]
+    direction = (directions[0].clone() if alone else torch.stack(directions)).requires_grad_(True)
+    owners = [number for number, batch in enumerate(batches) for _ in batch.rows]
+    sums = objective.accumulate_gradient(
+        [row for batch in batches for row in batch.rows],
+        [weight for batch in batches for weight in batch.weights],
+        Interchange(direction, objective.impl),
+        concepts=None if alone else owners,
+    )
+    assert direction.grad is not None
+    gradients = direction.grad[None] if alone else direction.grad
+    seconds, tokens = time.perf_counter() - started, sum(batch.tokens for batch in batches)
+
+    def evaluate(cache: ActivationCache, direction: Tensor) -> float:
+        rows = [cache.row(row) for row in range(len(cache))]
+        losses = objective.evaluate(rows, Interchange(direction, objective.impl))
+        return mean_divergence(rows, losses, concepts[0].config.reduction)
+
+    results: list[StepInfo | NonFiniteError] = []
+    parts = sums.split([len(batch.rows) for batch in batches])
+    for concept, batch, own, gradient in zip(concepts, batches, parts, gradients, strict=True):
+        share = seconds * batch.tokens / tokens
+        try:
+            results.append(concept.update(batch, own, gradient, seconds=share, evaluate=evaluate))
+        except NonFiniteError as error:
+            results.append(error)
+    return results

@@ -1,0 +1,279 @@
+"""One concept from its pairs to its artifact, and what the concepts of a run have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdas_fast.data.pairs import ContrastivePairs
+from cdas_fast.data.prompts import PromptFormat
+from cdas_fast.data.rows import TokenRows, tokenize_pairs
+from cdas_fast.environment import versions
+from cdas_fast.errors import InvalidInputError, expected_got
+from cdas_fast.models.packed import Runner, make_runner
+from cdas_fast.models.structure import Decoder, model_fingerprint
+from cdas_fast.steering.vector import Factors, SteeringVector
+from cdas_fast.training.cache import ActivationCache, build_cache, rows_prefix
+from cdas_fast.training.concept import ConceptTraining
+from cdas_fast.training.config import TrainingConfig
+from cdas_fast.training.directions import difference_in_means, is_orthonormal, orthonormalize, random_direction
+from cdas_fast.training.objective import DivergenceObjective
+from cdas_fast.training.run_folder import Checkpoint, RunFolder, StepRecord
+
+
+@dataclass(frozen=True)
+class ConceptResult:
+    """Outcome of training one concept."""
+
+    vector: SteeringVector
+    history: tuple[StepRecord, ...]
+    output_dir: Path | None
+    cache_seconds: float = 0.0
+    training_seconds: float = 0.0  # its share of the steps, in proportion to tokens
+    initial_direction: Tensor | None = None  # (R, D); None if the run had ended before this one resumed it
+    positive_projections: Tensor | None = None  # (pairs, layers, R): W h_source of the positive prompts; likewise
+    negative_projections: Tensor | None = None  # (pairs, layers, R)
+    cache: ActivationCache | None = field(default=None, repr=False)  # of a run over a single concept
+    held_out_cache: ActivationCache | None = field(default=None, repr=False)  # likewise
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a step."""
+        return statistics.median(record.seconds for record in self.history)
+
+
+class RunContext:
+    """What all concepts of a run share: the model, the template, the settings, and the passes behind one prefix."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Any, config: TrainingConfig, progress: bool) -> None:
+        self.decoder, self.config, self.progress = decoder, config, progress
+        self.format = PromptFormat(tokenizer, config.system_prompt, config.source_tokens, config.clean_spaces)
+        self.prefix_length = self.format.prefix_length if config.prefix_length is None else config.prefix_length
+        self.fingerprint = model_fingerprint(decoder.model)
+        self.prefix_ids: tuple[int, ...] = ()
+
+    def tokenize(self, pairs: ContrastivePairs) -> TokenRows:
+        """The rows of the pairs."""
+        return tokenize_pairs(
+            pairs,
+            self.format,
+            directions=self.config.directions,
+            max_output_tokens=self.config.max_output_tokens,
+            context_length=self.decoder.context_length,
+        )
+
+    @functools.cached_property
+    def runner(self) -> Runner:
+        """For passes behind `prefix_ids`, to be set before."""
+        return make_runner(self.decoder, self.prefix_ids, self.config.packing, self.config.impl)
+
+    @functools.cached_property
+    def objective(self) -> DivergenceObjective:
+        """The loss of the rows of any concept."""
+        return DivergenceObjective(
+            self.decoder,
+            self.runner,
+            self.config.layers,
+            prefix_length=self.prefix_length,
+            beta=self.config.beta,
+            micro_batch_tokens=self.config.micro_batch_tokens,
+            impl=self.config.impl,
+        )
+
+
+class ConceptRun:
+    """One concept: its pairs are checked at once, its activations computed when it starts and let go when it ends."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        concept_id: int,
+        pairs: ContrastivePairs,
+        held_out: ContrastivePairs | None,
+        folder: Path | None,
+    ) -> None:
+        self.context, self.concept_id, self.pairs, self.held_out = context, concept_id, pairs, held_out
+        config = context.config
+        rows = context.tokenize(pairs)
+        self.template_sha256 = rows.template_sha256
+        self.prefix_ids = rows_prefix([rows], context.prefix_length)
+        if held_out is not None:
+            held_out_prefix = rows_prefix([context.tokenize(held_out)], context.prefix_length)
+            self.prefix_ids = agreed_prefix([self.prefix_ids, held_out_prefix])
+        self.steps_per_epoch = -(-len(pairs) // config.batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.base_tokens = sum(len(row.base.ids) for row in rows.rows)
+        self.sequences = len(rows.rows)
+        identity = {
+            **config.identity(),
+            "model": context.fingerprint,
+            "template": rows.template_sha256,
+            "data": rows.sha256,
+        }
+        self.folder = None if folder is None else RunFolder(folder, identity)
+        self.training: ConceptTraining | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its folder holds the artifact."""
+        return self.folder is not None and self.folder.is_complete
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Base tokens beyond the shared prefix, on average."""
+        beyond = self.base_tokens - self.sequences * len(self.context.prefix_ids)
+        return beyond / self.steps_per_epoch
+
+    def prepare(self, resume: bool) -> tuple[Checkpoint, ...]:
+        """Make the folder, or find the checkpoints to go on from, the newest first."""
+        return () if self.folder is None else self.folder.prepare(resume)
+
+    def start(self, checkpoint: Checkpoint | None, round_: int, together: int) -> None:
+        """Compute the activations; `together` concepts divide the memory for them."""
+        context, config = self.context, self.context.config
+        started = time.perf_counter()
+
+        def cached(pairs: ContrastivePairs, description: str) -> ActivationCache:
+            return build_cache(
+                context.decoder,
+                context.tokenize(pairs),
+                config.layers,
+                prefix_length=context.prefix_length,
+                runner=context.runner,
+                impl=config.impl,
+                micro_batch_tokens=config.micro_batch_tokens,
+                memory_bytes=config.cache_bytes // together,
+                folder=None if self.folder is None else self.folder.path,
+                description=description,
+                progress=context.progress,
+            )
+
+        cache = cached(self.pairs, "Caching activations")
+        held_out = None if self.held_out is None else cached(self.held_out, "Caching held-out activations")
+        self.cache_seconds = time.perf_counter() - started
+        self.initial = self._initial_direction(cache)
+        self.first_step = 0 if checkpoint is None else checkpoint.step
+        self._round_before = round_ - self.first_step  # of its first step
+        self._saved_step = -1
+        self.training = ConceptTraining(
+            self.concept_id,
+            cache,
+            config,
+            self.initial,
+            device=context.decoder.device,
+            held_out=held_out,
+            checkpoint=checkpoint,
+            records=[] if self.folder is None else self.folder.start_log(self.first_step),
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its steps are done."""
+        return self.training is not None and self.training.is_finished
+
+    def log(self, record: StepRecord) -> None:
+        """Add a line to the log."""
+        if self.folder is not None:
+            self.folder.append(record)
+
+    def save(self, company: str, *, together: bool) -> None:
+        """Write a checkpoint, unless there is one of this state; of concepts that train together keep the last two."""
+        assert self.training is not None
+        state = self.training.state
+        if self.folder is not None and self._saved_step != state.step:
+            state = dataclasses.replace(state, round=self._round_before + state.step, company=company)
+            self.folder.save(state, keep_previous=together)
+            self._saved_step = state.step
+
+    def finish(self, keep_caches: bool) -> ConceptResult:
+        """Write report and artifact, and let the activations go."""
+        training = self.training
+        assert training is not None
+        direction, cache = training.state.direction, training.cache
+        projections = [sources.float() @ direction.T for sources in (cache.positive_sources, cache.negative_sources)]
+        vector = self._vector(direction, *map(Factors.from_projections, projections))
+        result = ConceptResult(
+            vector=vector,
+            history=tuple(training.records),
+            output_dir=None if self.folder is None else self.folder.path,
+            cache_seconds=self.cache_seconds,
+            training_seconds=sum(record.seconds for record in training.records[self.first_step :]),
+            initial_direction=self.initial,
+            positive_projections=projections[0],
+            negative_projections=projections[1],
+            cache=cache if keep_caches else None,
+            held_out_cache=training.held_out if keep_caches else None,
+        )
+        self.training = None
+        if self.folder is not None:
+            from cdas_fast.training.summary import write_run_report
+
+            write_run_report(self.folder.path, result)
+            vector.save_pretrained(self.folder.path, overwrite=True)  # a killed run may have left a part of it
+        return result
+
+    def stored_result(self) -> ConceptResult:
+        """What a run that had ended left in the folder."""
+        assert self.folder is not None
+        vector = SteeringVector.from_pretrained(self.folder.path)
+        return ConceptResult(vector, tuple(self.folder.read_log()), self.folder.path)
+
+    def _initial_direction(self, cache: ActivationCache) -> Tensor:
+        config, width = self.context.config, self.context.decoder.hidden_size
+        if config.rank > width:
+            raise InvalidInputError(expected_got("rank", f"at most the model's width {width}", config.rank))
+        match config.initial_direction:
+            case Tensor() as given:
+                if tuple(given.shape) != (config.rank, width):
+                    wanted = f"shape ({config.rank}, {width}), that is (rank, width)"
+                    raise InvalidInputError(expected_got("initial_direction", wanted, f"shape {tuple(given.shape)}"))
+                given = given.detach().to("cpu", torch.float32)
+                return given.clone() if is_orthonormal(given) else orthonormalize(given)
+            case "difference-in-means":
+                return difference_in_means(cache.positive_sources, cache.negative_sources, config.rank, config.seed)
+            case _:
+                return random_direction(config.rank, width, config.seed)
+
+    def _vector(self, direction: Tensor, positive: Factors, negative: Factors) -> SteeringVector:
+        context, decoder = self.context, self.context.decoder
+        model_config = getattr(decoder.model, "config", None)
+        return SteeringVector(
+            direction=direction,
+            layers=context.config.layers,
+            hidden_size=decoder.hidden_size,
+            num_layers=decoder.num_layers,
+            prefix_length=context.prefix_length,
+            positive=positive,
+            negative=negative,
+            base_model=getattr(decoder.model, "name_or_path", None) or None,
+            revision=getattr(model_config, "_commit_hash", None),
+            template_sha256=self.template_sha256,
+            system_prompt=context.config.system_prompt,
+            concept=self.pairs[0].concept,
+            metadata={
+                "settings": context.config.to_dict(),
+                "pairs": len(self.pairs),
+                "data_sha256": self.pairs.sha256,
+                "model_sha256": context.fingerprint,
+                "versions": versions(),
+            },
+        )
+
+
+def agreed_prefix(prefixes: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """What all begin with."""
+    first, *others = prefixes
+    length = len(first)
+    for other in others:
+        same = (place for place, (one, its) in enumerate(zip(first[:length], other, strict=False)) if one != its)
+        length = next(same, min(length, len(other)))
+    return tuple(first[:length])
