@@ -28,6 +28,18 @@ RMS_NORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, ro
 
 
 @dataclass(frozen=True)
+class Ending:
+    """What comes after the attention of the last layer, and maps each token by itself.
+
+    Beyond attention a token meets no other, so where few are read, the others' need not be computed. Everything in
+    `narrowed` is made of plain `nn.Linear`, so that a row of its result depends on the same row of its input alone.
+    """
+
+    narrowed: tuple[nn.Module, ...]  # the output projection of attention, and the MLP
+    watched: tuple[nn.Module, ...]  # nothing is narrowed once others have changed one of these: they may read any token
+
+
+@dataclass(frozen=True)
 class Fused:
     """Which norms and MLPs of a decoder the fused ops can run."""
 
@@ -35,20 +47,27 @@ class Fused:
     mlps: int
     left_alone: tuple[str, ...]  # classes of the other norms and MLPs, in alphabetical order
     forwards: Mapping[nn.Module, Forward] = field(default_factory=dict, repr=False, compare=False)
+    ending: Ending | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         rest = f"; left alone: {', '.join(self.left_alone)}" if self.left_alone else ""
         return f"{self.norms} norms and {self.mlps} MLPs{rest}"
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, read: Tensor | None = None) -> Iterator[None]:
         """Within the context, the modules run so. This sets `forward` on their instances, and takes it off again.
+
+        Of a pass over one sequence (1, N, D) whose final hidden states are read at the tokens `read` (M,) alone, each
+        named once, the last layer computes no more than it has to: see `Ending`. The others are then no one's hidden
+        states.
 
         A module still takes its own forward pass where the op does not apply: where its norm's weight requires a
         gradient, for input of another dtype than the weight's, and after a change between training and evaluation.
         One that others have given a `forward` or hooks since is left to them.
         """
         forwards = {module: forward for module, forward in self.forwards.items() if not _is_changed(module)}
+        if read is not None and self.ending is not None and not any(map(_is_changed, self.ending.watched)):
+            forwards |= {each: _narrowed(forwards.get(each, each.forward), read) for each in self.ending.narrowed}
         try:
             for module, forward in forwards.items():
                 module.__dict__["forward"] = forward
@@ -93,7 +112,35 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
         else:
             forwards[module] = _forward_of(module, function)
             norms, mlps = norms + is_norm, mlps + (not is_norm)
-    return Fused(norms, mlps, tuple(sorted(left_alone)), forwards)
+    return Fused(norms, mlps, tuple(sorted(left_alone)), forwards, _find_ending(decoder, forwards))
+
+
+def _find_ending(decoder: Decoder, forwards: Mapping[nn.Module, Forward]) -> Ending:
+    """The output projection of the last layer's attention, and its MLP if it is among those that `forwards` run."""
+    last = decoder.layers[-1]
+    narrowed: list[nn.Module] = []
+    for child in last.children():
+        projection = getattr(child, "o_proj", None)
+        if type(projection) is nn.Linear:
+            narrowed.append(projection)
+        inner = [each for name, each in child.named_children() if name.endswith("_proj")]
+        if child in forwards and inner and all(type(each) is nn.Linear for each in inner):
+            narrowed.append(child)
+    return Ending(tuple(narrowed), (*last.modules(), *decoder.stack.children()))
+
+
+def _narrowed(own: Forward, read: Tensor) -> Forward:
+    """The forward of a module that maps each token by itself, run for the tokens `read` (M,) of (1, N, .) alone.
+
+    The rows of the others are zero: no more their hidden states, but numbers that nobody reads, and through which no
+    gradient flows.
+    """
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows: Tensor = own(x[0].index_select(0, read)[None], *args, **kwargs)[0]
+        return rows.new_zeros(x.shape[1], rows.shape[1]).index_copy(0, read, rows)[None]
+
+    return forward
 
 
 def _modules(decoder: Decoder) -> list[nn.Module]:
