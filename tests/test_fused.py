@@ -66,7 +66,7 @@ def test_outputs_and_gradients_stay(name: str, impl: Any) -> None:
         expected = run(decoder)
         with fused_elementwise(decoder, impl) as fused:
             ours = run(decoder)
-            assert len(forwards(decoder)) == fused.norms + fused.mlps
+            assert len(forwards(decoder)) == fused.norms + fused.mlps + fused.linears
         again = run(decoder)
     assert fused == Fused(norms=LAYERS * NORMS.get(name, 2) + 1, mlps=LAYERS, left_alone=())
     assert not torch.equal(ours[1], expected[1]), "else nothing else has run"

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny_models import CONFIGS, WINDOW, tiny_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cdas_fast.errors import InvalidInputError, UnsupportedError
 from cdas_fast.models import capture_activations, inspect_decoder
@@ -109,6 +111,93 @@ def test_suffix_is_a_hooked_pass(name: str, prefix: list[int], runner_type: Any)
         torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4)
 
 
+@runners
+@pytest.mark.parametrize("edited", [None, LAYER + 1, 4], ids=["no_edit", "edit", "edit_of_the_last_layer"])
+@models
+def test_positions_are_those_of_the_whole_suffix(name: str, edited: int | None, runner_type: Any) -> None:
+    """In any order and more than once; the edit mixes tokens, so it has to be shown all of them."""
+    model = tiny_model(name)
+    decoder = inspect_decoder(model)
+    generator = torch.Generator().manual_seed(0)
+    delta = (0.1 * torch.randn(decoder.hidden_size, generator=generator)).requires_grad_()
+    edits = {} if edited is None else {edited: lambda hidden: hidden + hidden.mean(0) * delta}
+    positions = torch.tensor([12, 3, 10, 3, 0, 15])
+    with frozen(model):
+        runner = runner_type(decoder, PREFIX)
+        base = runner.capture(SEQUENCES, [LAYER], stop_after=LAYER).hidden[LAYER].requires_grad_()
+        whole = runner.suffix(LAYER, base + delta, ROWS, edits=edits)[positions]
+        ours = runner.suffix(LAYER, base + delta, ROWS, edits=edits, positions=positions)
+    torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6)
+    weights = torch.randn(ours.shape, generator=generator)
+    mine, right = (torch.autograd.grad((each * weights).sum(), (base, delta)) for each in (ours, whole))
+    for got, wanted in zip(mine, right, strict=True):
+        assert wanted.abs().max() > 1e-3
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+class RowsSeen(TorchFunctionMode):
+    """Counts the rows that a linear map of a given weight is applied to."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.rows: dict[str, int] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            seen = [name for name, weight in self.weights.items() if args[1] is weight]
+            self.rows |= {name: args[0].shape[:-1].numel() for name in seen}
+        return function(*args, **(kwargs or {}))
+
+
+PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+
+
+def rows_seen(runner: PackedRunner, **arguments: Any) -> list[int]:
+    """How many tokens the projections of the last two layers are applied to, in a suffix read at three of 16."""
+    layers: Any = runner.decoder.layers
+    weights = {f"{layer}.{name}": layers[layer].get_submodule(name).weight for layer in (3, 4) for name in PROJECTIONS}
+    hidden = torch.randn(16, runner.decoder.hidden_size, dtype=runner.decoder.dtype)
+    with RowsSeen(weights) as seen:
+        runner.suffix(LAYER, hidden, ROWS, positions=torch.tensor([1, 9, 15]), **arguments)
+    return [seen.rows[name] for name in weights]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
+def test_what_is_not_read_is_not_computed(name: str) -> None:
+    decoder = inspect_decoder(tiny_model(name, dtype=torch.float64).requires_grad_(False))
+    runner = PackedRunner(decoder, PREFIX)
+    assert rows_seen(runner) == [16] * 4 + [16, 3, 3, 3]
+    assert rows_seen(runner, edits={3: lambda hidden: hidden}) == [16] * 4 + [16, 3, 3, 3]
+    assert rows_seen(runner, edits={4: lambda hidden: hidden}) == [16] * 8
+    everywhere: Any = decoder.layers
+    assert not [each for each in everywhere.modules() if "forward" in vars(each)]
+
+
+@pytest.mark.parametrize("watched", ["model.layers.4", "model.layers.4.mlp.down_proj", "model.norm"])
+def test_hooks_are_shown_every_token(watched: str) -> None:
+    model = tiny_model(dtype=torch.float64).requires_grad_(False)
+    runner = PackedRunner(inspect_decoder(model), PREFIX)
+    handle = model.get_submodule(watched).register_forward_hook(lambda *_: None)
+    assert rows_seen(runner) == [16] * 8
+    handle.remove()
+    assert rows_seen(runner)[-1] == 3
+
+
+class Doubling(nn.Linear):
+    """Perhaps one that looks at all tokens, as some of 8 bits do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("path", "expected"), [("mlp.up_proj", [3, 16, 16]), ("self_attn.o_proj", [16, 3, 3])])
+def test_linear_maps_of_another_kind_see_every_token(path: str, expected: list[int]) -> None:
+    model = tiny_model(dtype=torch.float64).requires_grad_(False)
+    model.model.layers[4].get_submodule(path).__class__ = Doubling
+    assert rows_seen(PackedRunner(inspect_decoder(model), PREFIX))[-3:] == expected
+
+
 @models
 def test_auto_packs_and_leaves_the_model_as_it_was(name: str) -> None:
     model = tiny_model(name)
@@ -173,6 +262,20 @@ def test_a_trial_finds_layers_that_mix_tokens() -> None:
     model.model.layers[4].mlp = Mixing(model.model.layers[4].mlp)
     with pytest.raises(UnsupportedError, match="expected a whole pass to end as the model's own"):
         make_runner(inspect_decoder(model), PREFIX, "packed")
+
+
+class LoopedDecoderLayer(LlamaDecoderLayer):
+    """One that runs twice, so that tokens meet again after the MLP."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(super().forward(hidden_states, *args, **kwargs), *args, **kwargs)
+
+
+def test_a_trial_finds_tokens_that_meet_again_in_the_last_layer() -> None:
+    model = tiny_model()
+    model.model.layers[4].__class__ = LoopedDecoderLayer
+    with pytest.raises(UnsupportedError, match="expected a suffix read at some tokens to end as the model's own"):
+        make_runner(inspect_decoder(model), [], "packed")
 
 
 def test_other_packings_are_refused() -> None:

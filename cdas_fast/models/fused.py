@@ -1,7 +1,8 @@
 """RMS norms and gated MLPs of a frozen decoder by the fused ops, which make fewer passes over memory than the modules.
 
 A module is known by its structure, and is replaced only if it does what the op does: once for each kind of module, both
-are run on random inputs, and their values and the gradients of the input compared.
+are run on random inputs, and their values and the gradients of the input compared. Linear maps, which need no such
+trial, go to another library where that is faster.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cdas_fast.models.structure import Decoder
+from cdas_fast.ops.frozen_linear import frozen_linear, onednn_is_faster
 from cdas_fast.ops.gated_activation import Activation, gated_activation
 from cdas_fast.ops.implementation import Implementation, choose_implementation, without_autocast
 from cdas_fast.ops.rms_norm import rms_norm
@@ -28,6 +30,18 @@ RMS_NORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, ro
 
 
 @dataclass(frozen=True)
+class Ending:
+    """What comes after the attention of the last layer, and maps each token by itself.
+
+    Beyond attention a token meets no other, so where few are read, the others' need not be computed. Everything in
+    `narrowed` is made of plain `nn.Linear`, so that a row of its result depends on the same row of its input alone.
+    """
+
+    narrowed: tuple[nn.Module, ...]  # the output projection of attention, and the MLP
+    watched: tuple[nn.Module, ...]  # nothing is narrowed once others have changed one of these: they may read any token
+
+
+@dataclass(frozen=True)
 class Fused:
     """Which norms and MLPs of a decoder the fused ops can run."""
 
@@ -35,20 +49,30 @@ class Fused:
     mlps: int
     left_alone: tuple[str, ...]  # classes of the other norms and MLPs, in alphabetical order
     forwards: Mapping[nn.Module, Forward] = field(default_factory=dict, repr=False, compare=False)
+    linears: int = field(default=0, compare=False)  # linear maps by `frozen_linear`: none on most machines
+    ending: Ending | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         rest = f"; left alone: {', '.join(self.left_alone)}" if self.left_alone else ""
-        return f"{self.norms} norms and {self.mlps} MLPs{rest}"
+        linears = f", {self.linears} linear maps by oneDNN" if self.linears else ""
+        return f"{self.norms} norms and {self.mlps} MLPs{linears}{rest}"
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, read: Tensor | None = None) -> Iterator[None]:
         """Within the context, the modules run so. This sets `forward` on their instances, and takes it off again.
 
-        A module still takes its own forward pass where the op does not apply: where its norm's weight requires a
-        gradient, for input of another dtype than the weight's, and after a change between training and evaluation.
+        Of a pass over one sequence (1, N, D) whose final hidden states are read at the tokens `read` (M,) alone, each
+        named once, the last layer computes no more than it has to: see `Ending`. The others are then no one's hidden
+        states.
+
+        A module still takes its own forward pass where the op does not apply: where its weight requires a gradient, for
+        input of another dtype than the weight's, after a change between training and evaluation, and, if it is a linear
+        map, within autocast.
         One that others have given a `forward` or hooks since is left to them.
         """
         forwards = {module: forward for module, forward in self.forwards.items() if not _is_changed(module)}
+        if read is not None and self.ending is not None and not any(map(_is_changed, self.ending.watched)):
+            forwards |= {each: _narrowed(forwards.get(each, each.forward), read) for each in self.ending.narrowed}
         try:
             for module, forward in forwards.items():
                 module.__dict__["forward"] = forward
@@ -68,6 +92,8 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
     A module is left alone if its results on random inputs differ from those of the op, if it has hooks or a `forward`
     of its own, or if `impl` is `auto` and no compiled kernel exists for its device: plain PyTorch is what it has.
 
+    With the compiled kernels, plain float32 `nn.Linear` of the layers run by `frozen_linear` where that is faster.
+
     Raises:
         InvalidInputError: `impl` is no implementation, or one for another device.
         MissingDependencyError: an implementation that is not installed.
@@ -76,9 +102,13 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
     chosen = choose_implementation("find_fused", impl, decoder.device, has_triton=False)
     kinds: dict[Hashable, Function | None] = {}
     forwards: dict[nn.Module, Forward] = {}
-    norms, mlps = 0, 0
+    norms, mlps, linears = 0, 0, 0
     left_alone = set()
+    by_onednn = chosen == "cpp" and onednn_is_faster(decoder.device)
     for module in _modules(decoder):
+        if by_onednn and type(module) is nn.Linear and module.weight.dtype == torch.float32 and not _is_changed(module):
+            forwards[module] = _forward_of(module, _linear)
+            linears += 1
         is_norm = type(module).__name__.endswith("Norm")
         if not is_norm and not hasattr(module, "down_proj"):
             continue
@@ -93,7 +123,35 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
         else:
             forwards[module] = _forward_of(module, function)
             norms, mlps = norms + is_norm, mlps + (not is_norm)
-    return Fused(norms, mlps, tuple(sorted(left_alone)), forwards)
+    return Fused(norms, mlps, tuple(sorted(left_alone)), forwards, linears, _find_ending(decoder, forwards))
+
+
+def _find_ending(decoder: Decoder, forwards: Mapping[nn.Module, Forward]) -> Ending:
+    """The output projection of the last layer's attention, and its MLP if it is among those that `forwards` run."""
+    last = decoder.layers[-1]
+    narrowed: list[nn.Module] = []
+    for child in last.children():
+        projection = getattr(child, "o_proj", None)
+        if type(projection) is nn.Linear:
+            narrowed.append(projection)
+        inner = [each for name, each in child.named_children() if name.endswith("_proj")]
+        if child in forwards and inner and all(type(each) is nn.Linear for each in inner):
+            narrowed.append(child)
+    return Ending(tuple(narrowed), (*last.modules(), *decoder.stack.children()))
+
+
+def _narrowed(own: Forward, read: Tensor) -> Forward:
+    """The forward of a module that maps each token by itself, run for the tokens `read` (M,) of (1, N, .) alone.
+
+    The rows of the others are zero: no more their hidden states, but numbers that nobody reads, and through which no
+    gradient flows.
+    """
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows: Tensor = own(x[0].index_select(0, read)[None], *args, **kwargs)[0]
+        return rows.new_zeros(x.shape[1], rows.shape[1]).index_copy(0, read, rows)[None]
+
+    return forward
 
 
 def _modules(decoder: Decoder) -> list[nn.Module]:
@@ -128,8 +186,16 @@ def _forward_of(module: nn.Module, function: Function) -> Forward:
 
 
 def _applies(module: nn.Module, x: Tensor) -> bool:
-    weight = getattr(module, "weight", None)  # of a norm; an MLP's belong to its projections
+    weight = getattr(module, "weight", None)  # of a norm or a linear map; an MLP's belong to its projections
     return weight is None or (x.dtype == weight.dtype and not (weight.requires_grad and torch.is_grad_enabled()))
+
+
+def _linear(linear: Any, x: Tensor) -> Tensor:
+    """An `nn.Linear` by `frozen_linear`, if it is still what that takes."""
+    trained = linear.bias is not None and linear.bias.requires_grad and torch.is_grad_enabled()
+    if trained or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+        return nn.Linear.forward(linear, x)
+    return frozen_linear(x, linear.weight, linear.bias)
 
 
 def _norm_function(module: nn.Module, impl: Implementation) -> Function | None:

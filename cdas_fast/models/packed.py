@@ -79,11 +79,20 @@ class Runner(Protocol):
         With `stop_after`, layers beyond it are not run and `Capture.final` is None.
         """
 
-    def suffix(self, layer: int, hidden: Tensor, rows: Rows, *, edits: Mapping[int, Edit] | None = None) -> Tensor:
+    def suffix(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rows: Rows,
+        *,
+        edits: Mapping[int, Edit] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Final hidden states (N, D), after the final norm, when layer `layer` puts out `hidden` (N, D).
 
-        Layers 0 to `layer` are not run. `edits` change the output (N, D) of later layers. Differentiable with respect
-        to `hidden` and to whatever the edits depend on.
+        Layers 0 to `layer` are not run. `edits` change the output (N, D) of later layers. With `positions` (M,), those
+        of these tokens alone, (M, D) in that order; what the others end as may not be computed. Differentiable with
+        respect to `hidden` and to whatever the edits depend on.
         """
 
 
@@ -156,25 +165,39 @@ class PackedRunner:
         final = None if captured.final is None else captured.final[0]
         return Capture({layer: hidden[0] for layer, hidden in captured.hidden.items()}, final)
 
-    def suffix(self, layer: int, hidden: Tensor, rows: Rows, *, edits: Mapping[int, Edit] | None = None) -> Tensor:
+    def suffix(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rows: Rows,
+        *,
+        edits: Mapping[int, Edit] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """See `Runner`."""
 
         def as_sequence(edit: Edit) -> Edit:
             return lambda hidden: edit(hidden[0])[None]
 
-        with self._attention(rows.starts, range(layer + 1, self.decoder.num_layers)):
-            return run_suffix(
+        edits, last = edits or {}, self.decoder.num_layers - 1
+        read = None if positions is None else positions.to(hidden.device)
+        narrow = None if read is None or last in edits else read.unique()  # an edit is shown every token's output
+        with self._attention(rows.starts, range(layer + 1, last + 1), read=narrow):
+            final = run_suffix(
                 self.decoder,
                 layer,
                 hidden[None],
                 position_ids=rows.positions[None].to(hidden.device),
-                edits={later: as_sequence(edit) for later, edit in (edits or {}).items()},
+                edits={later: as_sequence(edit) for later, edit in edits.items()},
             )[0]
+        return final if read is None else final.index_select(0, read)
 
     @contextmanager
-    def _attention(self, starts: Tensor, layers: range, keeps: bool = False) -> Iterator[None]:
+    def _attention(
+        self, starts: Tensor, layers: range, *, keeps: bool = False, read: Tensor | None = None
+    ) -> Iterator[None]:
         attention = _Attention(starts, {} if keeps else self._prefix, self._prefix if keeps else None, self._impl)
-        with self._fused.applied(), attention.of(self.decoder, layers):
+        with self._fused.applied(read), attention.of(self.decoder, layers):
             yield
 
 
@@ -207,7 +230,15 @@ class PaddedRunner:
         final = None if captured.final is None else packed(captured.final)
         return Capture({layer: packed(hidden) for layer, hidden in captured.hidden.items()}, final)
 
-    def suffix(self, layer: int, hidden: Tensor, rows: Rows, *, edits: Mapping[int, Edit] | None = None) -> Tensor:
+    def suffix(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rows: Rows,
+        *,
+        edits: Mapping[int, Edit] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """See `Runner`."""
         places, count = _places(rows).to(hidden.device), len(rows.lengths)
 
@@ -226,7 +257,9 @@ class PaddedRunner:
                 padded(hidden, around),
                 edits={later: on_padded(edit) for later, edit in (edits or {}).items()},
             )
-        return final.flatten(0, 1)[places]
+        if positions is not None:
+            places = places[positions.to(places.device)]
+        return final.flatten(0, 1).index_select(0, places)
 
     def _prefix_hidden(self, layer: int) -> Tensor:
         if layer not in self._prefix:
@@ -362,16 +395,20 @@ def _tried(runner: PackedRunner) -> PackedRunner:
     captured = runner.capture(sequences, [middle])
     rows = Rows(tuple(map(len, sequences)), len(prefix))
     assert captured.final is not None
-    ours = {"a whole pass": captured.final, "a suffix": runner.suffix(middle, captured.hidden[middle], rows)}
+    given, some = captured.hidden[middle], torch.arange(0, int(rows.starts[-1]), 2, device=decoder.device)
     wholes = []
     for sequence in sequences:
         ids = torch.tensor([[*prefix, *sequence]], device=decoder.device)
         whole = capture_activations(decoder, ids, []).final
         assert whole is not None
         wholes.append(whole[0, len(prefix) :])
-    right = torch.cat(wholes).float()
-    for name, found in ours.items():
-        error = float((found.float() - right).norm() / right.norm())
+    right = torch.cat(wholes)
+    for name, found, expected in (
+        ("a whole pass", captured.final, right),
+        ("a suffix", runner.suffix(middle, given, rows), right),
+        ("a suffix read at some tokens", runner.suffix(middle, given, rows, positions=some), right[some]),
+    ):
+        error = float((found.float() - expected.float()).norm() / expected.float().norm())
         if not error <= pass_tolerance(decoder.dtype):
             raise _unsupported(f"{name} to end as the model's own", f"a relative difference of {error:.2g}")
     return runner

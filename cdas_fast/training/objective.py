@@ -173,10 +173,12 @@ class DivergenceObjective:
             edits = {
                 layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(self.layers) if slot > 0
             }
-            final = self.runner.suffix(self.layers[0], edited, batch.rows, edits=edits)
             owners, predicting, target = self._responses(asked, batch)
+            final = self.runner.suffix(self.layers[0], edited, batch.rows, edits=edits, positions=predicting)
+            owners, predicting, target = self._responses(asked, batch)
+            final = cache.runner.suffix(cache.layers[0], edited, batch.rows, edits=edits, positions=predicting)
             losses = linear_jsd(
-                final[predicting],
+                final,
                 target,
                 head.weight,
                 bias=head.bias,
