@@ -14,13 +14,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cdas_fast.data.rows import TokenRows
-from cdas_fast.errors import NonFiniteError, StorageError, UnsupportedError, expected_got
+from cdas_fast.data.rows import TokenRows, TrainingRow
+from cdas_fast.errors import InvalidInputError, NonFiniteError, StorageError, UnsupportedError, expected_got
 from cdas_fast.models.packed import Packing, Rows, Runner, make_runner, pass_tolerance, shared_prefix
 from cdas_fast.models.structure import Decoder
 from cdas_fast.models.suffix import Capture, capture_activations
@@ -28,29 +29,42 @@ from cdas_fast.ops.implementation import Implementation
 
 
 @dataclass(frozen=True)
+class CachedRow:
+    """What is cached of one row, in the model's dtype. The tensors are views: nothing may be written to them."""
+
+    row: TrainingRow
+    base_hidden: Tensor  # (T, D), output of the lowest intervened layer at the base tokens beyond the shared prefix
+    target_final: Tensor  # (K, D), after the final norm, where the source's K response tokens are predicted
+    source: Tensor  # (layers, D), at the source position
+
+
+@dataclass(frozen=True)
 class ActivationCache:
-    """Cached activations of a set of rows, in the model's dtype; sequences lie one behind the other, unpadded."""
+    """Cached activations of a set of rows, in the model's dtype, handed out row by row."""
 
     rows: TokenRows
     runner: Runner  # for passes behind the shared prefix
     layers: tuple[int, ...]  # ascending
-    base_hidden: Tensor  # (all base tokens beyond the shared prefix, D), output of layers[0]
-    base_starts: tuple[int, ...]  # one more than rows
-    target_final: Tensor  # (all response tokens, D), after the final norm
-    target_starts: tuple[int, ...]  # one more than rows
     positive_sources: Tensor  # (pairs, layers, D)
     negative_sources: Tensor  # (pairs, layers, D)
+    base_hidden: Sequence[Tensor] = field(repr=False)  # of each row, see CachedRow
+    target_final: Sequence[Tensor] = field(repr=False)  # of each row, see CachedRow
     folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)  # memory-mapped files, if any
 
-    def source(self, row: int) -> Tensor:
-        """Source activations of a row, (layers, D)."""
-        entry = self.rows.rows[row]
-        pair = entry.pair - self.rows.rows[0].pair
-        return (self.positive_sources if entry.toward == "positive" else self.negative_sources)[pair]
+    def __len__(self) -> int:
+        return len(self.rows.rows)
 
-    def base_length(self, row: int) -> int:
-        """Tokens of a row's base sequence beyond the shared prefix."""
-        return self.base_starts[row + 1] - self.base_starts[row]
+    def row(self, number: int) -> CachedRow:
+        """What is cached of row `number`, from 0."""
+        entry = self.rows.rows[number]
+        sources = self.positive_sources if entry.toward == "positive" else self.negative_sources
+        return CachedRow(
+            entry, self.base_hidden[number], self.target_final[number], sources[entry.pair - self.rows.rows[0].pair]
+        )
+
+    def base_length(self, number: int) -> int:
+        """Tokens T of a row's base sequence beyond the shared prefix."""
+        return len(self.rows.rows[number].base.ids) - self.shared_prefix_length
 
     @property
     def shared_prefix_length(self) -> int:
@@ -60,8 +74,10 @@ class ActivationCache:
     @property
     def nbytes(self) -> int:
         """Size of all cached activations."""
-        tensors = (self.base_hidden, self.target_final, self.positive_sources, self.negative_sources)
-        return sum(tensor.nbytes for tensor in tensors)
+        tokens = sum(map(self.base_length, range(len(self)))) + self.rows.response_tokens
+        sources = (self.positive_sources, self.negative_sources)
+        width, itemsize = self.positive_sources.shape[2], self.positive_sources.dtype.itemsize
+        return tokens * width * itemsize + sum(tensor.nbytes for tensor in sources)
 
 
 def build_cache(
@@ -72,6 +88,7 @@ def build_cache(
     prefix_length: int | None = None,
     packing: Packing = "auto",
     impl: Implementation = "auto",
+    runner: Runner | None = None,
     micro_batch_tokens: int = 4096,
     memory_bytes: int = 4 * 2**30,
     folder: str | os.PathLike[str] | None = None,
@@ -88,6 +105,8 @@ def build_cache(
             that all sequences have in common are run once.
         packing: how rows go through the model, see `make_runner`.
         impl: implementation of the ops within it.
+        runner: one made beforehand, which several caches may share, for a prefix that all sequences begin with (see
+            `rows_prefix`); `packing` and `impl` then say nothing.
         micro_batch_tokens: tokens per forward pass, pads counted.
         memory_bytes: beyond this size the activations are memory-mapped files.
         folder: where those files lie, in a temporary sub-folder; the system's folder for temporary files if None.
@@ -95,6 +114,7 @@ def build_cache(
         progress: whether to show it (never if the standard error is no terminal).
 
     Raises:
+        InvalidInputError: a runner of another model, or for a prefix that does not fit the rows.
         NonFiniteError: an activation is NaN or infinite; the row is named.
         StorageError: no room for the memory-mapped files.
         UnsupportedError: the model's suffix does not reproduce its own forward pass.
@@ -112,20 +132,23 @@ def build_cache(
     ]
     prompts = {"positive": rows.positive_prompts, "negative": rows.negative_prompts}
     remaining_prompts = [prompts[side][pair] for side, pair in remaining]
-    common = shared_prefix(
-        [*base_sequences, *source_sequences, *remaining_prompts],
-        rows.prefix_length if prefix_length is None else prefix_length,
-    )
-    shared = len(common)
+    longest = rows.prefix_length if prefix_length is None else prefix_length
+    if runner is None:
+        runner = make_runner(decoder, rows_prefix([rows], longest), packing, impl)
+    else:
+        _check_runner(runner, decoder, rows, longest)
+    shared = len(runner.prefix_ids)
 
     base_starts = _starts(len(ids) - shared for ids in base_sequences)
     target_starts = _starts(row.base.response_length for row in entries)
     sizes = (base_starts[-1] * width, target_starts[-1] * width)
     total = (sum(sizes) + 2 * pairs * len(layers) * width) * dtype.itemsize
     store = _Store(total > memory_bytes, total, folder)
-    base_hidden, target_final = (store.allocate(size, dtype).view(-1, width) for size in sizes)
+    base_hidden, target_final = (
+        _Pieces(store.allocate(size, dtype).view(-1, width), starts)
+        for size, starts in zip(sizes, (base_starts, target_starts), strict=True)
+    )
     positive, negative = (torch.empty(pairs, len(layers), width, dtype=dtype) for _ in range(2))
-    runner = make_runner(decoder, common, packing, impl)
 
     def in_batches(
         sequences: Sequence[Sequence[int]], layers: Sequence[int], stop_after: int | None
@@ -152,32 +175,26 @@ def build_cache(
             final = captured.final[start : start + row.source.response_length]
             _require_finite(row.name, {"source activation": sources, "final hidden state": final})
             (positive if row.toward == "positive" else negative)[row.pair - first_pair] = sources.cpu()
-            target_final[target_starts[index] : target_starts[index + 1]] = final.cpu()
+            target_final[index][:] = final.cpu()
         for index, begin, captured in in_batches(base_sequences, layers[:1], layers[0]):
             length = len(base_sequences[index]) - shared
             activations = captured.hidden[layers[0]][begin : begin + length]
             _require_finite(entries[index].name, {f"activation at layer {layers[0]}": activations})
-            base_hidden[base_starts[index] : base_starts[index + 1]] = activations.cpu()
+            base_hidden[index][:] = activations.cpu()
         for index, begin, captured in in_batches(remaining_prompts, layers, layers[-1]):
             side, pair = remaining[index]
             last = begin + len(remaining_prompts[index]) - 1 - shared
             sources = torch.stack([captured.hidden[layer][last] for layer in layers])
             _require_finite(f"{side} prompt of pair {pair + first_pair}", {"source activation": sources})
             (positive if side == "positive" else negative)[pair] = sources.cpu()
-    cache = ActivationCache(
-        rows,
-        runner,
-        layers,
-        base_hidden,
-        base_starts,
-        target_final,
-        target_starts,
-        positive,
-        negative,
-        store.folder,
-    )
+    cache = ActivationCache(rows, runner, layers, positive, negative, base_hidden, target_final, store.folder)
     _check_suffix(decoder, cache)
     return cache
+
+
+def rows_prefix(row_sets: Iterable[TokenRows], longest: int) -> tuple[int, ...]:
+    """The tokens that all sequences of all sets of rows begin with, at most `longest` and none at a source position."""
+    return shared_prefix([ids for rows in row_sets for ids in _sequences(rows)], longest)
 
 
 def batches_by_tokens(
@@ -199,6 +216,28 @@ def batches_by_tokens(
             batches.append([index])
             longest = total = length
     return batches
+
+
+class _Pieces(Sequence[Tensor]):
+    """Views (T, D) of a tensor in which they lie one behind the other."""
+
+    def __init__(self, flat: Tensor, starts: tuple[int, ...]) -> None:
+        self.flat, self.starts = flat, starts  # (all T, D); one more than pieces
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, place: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        return self.flat[self.starts[place] : self.starts[place + 1]]
 
 
 class _Store:
@@ -238,12 +277,12 @@ class _Store:
 
 def _check_suffix(decoder: Decoder, cache: ActivationCache) -> None:
     """Compare the suffix from the cache with a whole forward pass, so that no unusual model is trained wrongly."""
-    sequence = cache.rows.rows[0].base
-    ids = torch.tensor([sequence.ids], device=decoder.device)
+    row = cache.row(0)
+    ids = torch.tensor([row.row.base.ids], device=decoder.device)
     whole = capture_activations(decoder, ids, []).final
     assert whole is not None
     right = whole[0, cache.shared_prefix_length :].float()
-    hidden = cache.base_hidden[: cache.base_starts[1]].to(decoder.device)
+    hidden = row.base_hidden.to(decoder.device)
     with torch.no_grad():
         found = cache.runner.suffix(cache.layers[0], hidden, Rows((len(hidden),), cache.shared_prefix_length)).float()
     error = (found - right).norm() / right.norm()
@@ -257,6 +296,26 @@ def _check_suffix(decoder: Decoder, cache: ActivationCache) -> None:
                 "The model's later layers depend on more than the residual stream.",
             )
         )
+
+
+def _sequences(rows: TokenRows) -> list[tuple[int, ...]]:
+    """Every sequence that is run; prompts end at the source position."""
+    sequences = [sequence.ids for row in rows.rows for sequence in (row.base, row.source)]
+    return [*sequences, *rows.positive_prompts, *rows.negative_prompts]
+
+
+def _check_runner(runner: Runner, decoder: Decoder, rows: TokenRows, longest: int) -> None:
+    """Raise `InvalidInputError` unless the runner is this model's and every sequence goes on behind its prefix."""
+    if runner.decoder.model is not decoder.model:
+        raise InvalidInputError(expected_got("runner", "one of the same model", "one of another model"))
+    prefix = runner.prefix_ids
+    if len(prefix) > longest:
+        raise InvalidInputError(expected_got("runner", f"a prefix of at most {longest} tokens", len(prefix)))
+    for ids in _sequences(rows):
+        if len(ids) <= len(prefix) or tuple(ids[: len(prefix)]) != prefix:
+            wanted = f"every sequence to begin with the runner's prefix of {len(prefix)} tokens and to go on"
+            got = f"one of {len(ids)} tokens, {list(ids[: len(prefix) + 1])}"
+            raise InvalidInputError(expected_got("runner", wanted, got, "Make it for `rows_prefix` of all rows."))
 
 
 def _require_finite(row: str, tensors: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from cdas_fast.models.structure import Decoder
 from cdas_fast.ops import clamp, linear_jsd
 from cdas_fast.ops.implementation import Implementation
 from cdas_fast.ops.interchange import project
-from cdas_fast.training.cache import ActivationCache, batches_by_tokens
+from cdas_fast.training.cache import ActivationCache, CachedRow, batches_by_tokens
 from cdas_fast.training.config import Reduction
 
 
@@ -138,7 +138,7 @@ class DivergenceObjective:
         lengths = [cache.base_length(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda place: -lengths[place])
         for places in batches_by_tokens(order, lengths, self.micro_batch_tokens, pads=cache.runner.pads):
-            asked = [rows[place] for place in places]
+            asked = [cache.row(rows[place]) for place in places]
             batch, hidden = self._assemble(asked, tuple(places))
             edited = intervention(hidden, 0, batch)
             edits = {
@@ -159,30 +159,28 @@ class DivergenceObjective:
             )
             yield batch, owners, losses
 
-    def _responses(self, rows: Sequence[int], batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _responses(self, rows: Sequence[CachedRow], batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """For each response token: its row in the batch, the packed token that predicts it, its target (D,)."""
-        cache, device = self.cache, self.decoder.device
-        lengths = torch.tensor([self.response_length(row) for row in rows])
+        device = self.decoder.device
+        lengths = torch.tensor([len(cached.target_final) for cached in rows])
         owners = torch.repeat_interleave(lengths)
         ends = batch.rows.starts[1:] - 1  # the last token of a row predicts nothing
         firsts = lengths.cumsum(0) - lengths
         predicting = ends[owners] - lengths[owners] + torch.arange(len(owners)) - firsts[owners]
-        target = torch.cat(
-            [cache.target_final[cache.target_starts[row] : cache.target_starts[row + 1]] for row in rows]
-        )
+        target = torch.cat([cached.target_final for cached in rows])
         return owners.to(device), predicting.to(device), target.to(device)
 
-    def _assemble(self, rows: Sequence[int], places: tuple[int, ...]) -> tuple[MicroBatch, Tensor]:
+    def _assemble(self, rows: Sequence[CachedRow], places: tuple[int, ...]) -> tuple[MicroBatch, Tensor]:
         cache, device = self.cache, self.decoder.device
-        packed = Rows(tuple(map(cache.base_length, rows)), cache.shared_prefix_length)
-        hidden = torch.cat([cache.base_hidden[cache.base_starts[row] : cache.base_starts[row + 1]] for row in rows])
+        packed = Rows(tuple(len(cached.base_hidden) for cached in rows), cache.shared_prefix_length)
+        hidden = torch.cat([cached.base_hidden for cached in rows])
         everywhere = self.prefix_length == cache.shared_prefix_length
         batch = MicroBatch(
             places=places,
             rows=packed,
             owners=packed.owners.to(device),
-            source=torch.stack([cache.source(row) for row in rows]).to(device),
-            toward_positive=torch.tensor([cache.rows.rows[row].toward == "positive" for row in rows], device=device),
+            source=torch.stack([cached.source for cached in rows]).to(device),
+            toward_positive=torch.tensor([cached.row.toward == "positive" for cached in rows], device=device),
             mask=None if everywhere else (packed.positions >= self.prefix_length).to(device),
         )
         return batch, hidden.to(device)
