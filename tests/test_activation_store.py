@@ -290,7 +290,7 @@ class FullDisk:
                 self.room -= written
                 return written
 
-        monkeypatch.setattr(activation_store.io, "FileIO", File)
+        monkeypatch.setattr(io, "FileIO", File)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".jsonl"])
