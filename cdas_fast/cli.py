@@ -162,7 +162,12 @@ def _add_train(commands: Any) -> None:
         metavar="N",
         help="of several concepts, how many train at a time; default: as many as fill a micro-batch",
     )
-    train.add_argument("--cache-gib", type=float, default=4.0, metavar="X", help="above it activations go to disk")
+    train.add_argument(
+        "--activations",
+        type=Path,
+        metavar="DIR",
+        help="keep cached activations there for later runs; default: in the output folder until the run is complete",
+    )
     train.add_argument("--checkpoint-every", type=int, default=10, metavar="N", help="steps between checkpoints")
     train.add_argument("--evaluate-every", type=int, default=1, metavar="N", help="epochs between held-out losses")
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run in DIR stopped")
@@ -382,7 +387,6 @@ def _train(options: Any) -> None:
         source_tokens=options.source_tokens,
         clean_spaces=not options.keep_spaces,
         concepts_together=options.concepts_together,
-        cache_bytes=int(options.cache_gib * 2**30),
         checkpoint_every=options.checkpoint_every,
         evaluate_every=options.evaluate_every,
     )
@@ -399,6 +403,7 @@ def _train(options: Any) -> None:
         config,
         validation=validation,
         output_dir=options.output,
+        activations_dir=options.activations,
         resume=options.resume,
         progress=processes.rank == 0,
         processes=processes,

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from cdas_fast.errors import StorageError, expected_got
 
 
-def make_output_folder(path: Path) -> None:
+def make_output_folder(path: Path, what: str = "output folder") -> None:
     """Make the folder unless it exists, so that what cannot be written is refused before anything is computed.
+
+    Errors call it `what`.
 
     Raises:
         StorageError: it cannot be made, or not be written.
@@ -27,12 +29,10 @@ def make_output_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        remedy = "Choose another output folder."
-        raise StorageError(expected_got("output folder", f"{path} to be a folder", error.strerror, remedy)) from error
+        remedy = f"Choose another {what}."
+        raise StorageError(expected_got(what, f"{path} to be a folder", error.strerror, remedy)) from error
     if not os.access(path, os.R_OK | os.W_OK):
-        raise StorageError(
-            expected_got("output folder", f"{path} to be writable", "no permission", "Choose another one.")
-        )
+        raise StorageError(expected_got(what, f"{path} to be writable", "no permission", "Choose another one."))
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
@@ -59,7 +59,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
         temporary.replace(path)
         temporary = None
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise StorageError(_explain(path, error)) from error
     finally:
@@ -139,7 +139,8 @@ def _explain(path: Path, error: Exception) -> str:
     return f"{path}: {error}"
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Bring the names of the files in a folder to the disk."""
     if os.name == "nt":  # folders cannot be opened there, and the rename is durable without it
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -141,8 +141,6 @@ def test_torn_log_line_is_done_again(uninterrupted: Path, tmp_path: Path) -> Non
 
 def test_scraps_of_a_killed_run_are_cleared_away(uninterrupted: Path, tmp_path: Path) -> None:
     interrupted_run(tmp_path / "out", 3)
-    (tmp_path / "out" / ".activations-abc").mkdir()
-    (tmp_path / "out" / ".activations-abc" / "0.bin").write_bytes(b"0" * 100)
     (tmp_path / "out" / ".config.json.xyz.partial").write_text("{")
     tiny_run(output_dir=tmp_path / "out", resume=True, **SETTINGS)
     assert_same_run(tmp_path / "out", uninterrupted)

@@ -18,6 +18,7 @@ from cdas_fast.data.prompts import PromptFormat
 from cdas_fast.data.rows import TrainingRow, tokenize_pairs
 from cdas_fast.errors import InvalidInputError, NonFiniteError, StorageError, UnsupportedError
 from cdas_fast.models import inspect_decoder
+from cdas_fast.models.packed import PackedRunner, PaddedRunner
 from cdas_fast.training.cache import batches_by_tokens
 from cdas_fast.training.directions import difference_in_means, is_orthonormal, orthonormalize, random_direction
 
@@ -173,16 +174,43 @@ def test_micro_batches_do_not_change_the_result() -> None:
     torch.testing.assert_close(one.direction, many.direction, rtol=1e-4, atol=1e-5)
 
 
-def test_memory_mapped_cache_gives_the_same_bits(tmp_path: Path) -> None:
+def test_where_activations_lie_changes_no_bit(tmp_path: Path) -> None:
     in_memory = tiny_run()
-    on_disk = tiny_run(cache_bytes=0, output_dir=tmp_path / "out")
-    assert on_disk.only.cache is not None
-    assert on_disk.only.cache.folder is not None
-    assert Path(on_disk.only.cache.folder.name).parent == tmp_path / "out"
-    assert in_memory.only.cache is not None
-    assert in_memory.only.cache.folder is None
-    assert in_memory.vector == on_disk.vector
-    on_disk.only.cache.folder.cleanup()
+    in_files = tiny_run(cache_bytes=0)
+    in_output = tiny_run(output_dir=tmp_path / "out")
+    kept = tiny_run(output_dir=tmp_path / "other", activations_dir=tmp_path / "activations")
+    for result in (in_memory, in_files, in_output, kept):
+        assert result.only.cache is not None
+        assert (result.only.cache.folder is not None) == (result is in_files)
+        assert result.vector == in_memory.vector
+    assert not list((tmp_path / "out").glob(".*"))
+    assert not list((tmp_path / "other").glob(".*"))
+    assert len(list((tmp_path / "activations").iterdir())) == 1
+
+
+def test_kept_activations_are_found_again_with_other_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    captures = 0
+    for kind in (PackedRunner, PaddedRunner):
+        own = kind.capture
+
+        def counted(*args: Any, own: Any = own, **kwargs: Any) -> Any:
+            nonlocal captures
+            captures += 1
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(kind, "capture", counted)
+
+    def passes(**changes: Any) -> int:
+        before = captures
+        tiny_run(activations_dir=tmp_path / "activations", **changes)
+        return captures - before
+
+    without = passes(learning_rate=0.1, seed=3, rank=2, reduction="token", batch_size=3)
+    assert passes() < without
+    assert passes(pairs=PAIRS[:3]) == passes()
+    assert passes(layer=2) == without
+    assert passes(max_output_tokens=5) > passes()
+    assert passes(pairs=PAIRS[:3], layer=2) == passes()
 
 
 def test_cache_without_room_on_the_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,14 +32,12 @@ def tiny_run(
     pairs: Any = PAIRS, *, model: Any = None, output_dir: Path | None = None, **changes: Any
 ) -> TrainingResult:
     """Train on a tiny Llama; keyword arguments are settings."""
-    resume, validation, callback = (changes.pop(name, None) for name in ("resume", "validation", "callback"))
+    others = {name: changes.pop(name, None) for name in ("resume", "validation", "callback", "activations_dir")}
     return cdas_fast.train(
         tiny_model() if model is None else model,
         tiny_tokenizer(),
         pairs,
         tiny_config(**changes),
         output_dir=output_dir,
-        resume=bool(resume),
-        validation=validation,
-        callback=callback,
+        **{**others, "resume": bool(others["resume"])},
     )

@@ -2,19 +2,24 @@
 
 For each row: the base sequence's activations at the lowest intervened layer beyond the prefix that all rows share, the
 source activations at every intervened layer, and the target's final hidden states at the positions that predict the
-response. The prefix runs once.
+response. The prefix runs once. With a store (see activation_store.py) later runs find all of it again.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +28,13 @@ from tqdm.auto import tqdm
 from cdas_fast.data.rows import TokenRows, TrainingRow
 from cdas_fast.errors import InvalidInputError, NonFiniteError, StorageError, UnsupportedError, expected_got
 from cdas_fast.models.packed import Packing, Rows, Runner, make_runner, pass_tolerance, shared_prefix
-from cdas_fast.models.structure import Decoder
+from cdas_fast.models.structure import Decoder, model_fingerprint
 from cdas_fast.models.suffix import Capture, capture_activations
-from cdas_fast.ops.implementation import Implementation
+from cdas_fast.ops.implementation import Implementation, choose_implementation
+from cdas_fast.storage import sha256_of
+from cdas_fast.training.activation_store import ActivationStore, base_key, prompt_key, source_key
+
+COMMIT_SECONDS = 2.0  # a store is brought to the disk so often: what a kill can lose
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,29 @@ class CachedRow:
         return self.row.base.response_length
 
 
+class EntryWriter(Protocol):
+    """What computed entries are given to."""
+
+    def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors, unless there are some under the key."""
+
+    def commit(self) -> None:
+        """Let nothing that was added so far be lost."""
+
+
+class Entries(Protocol):
+    """Tensors by key: an `ActivationStore`, or what is kept for a while."""
+
+    def find(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that there are entries of."""
+
+    def get(self, key: str) -> Mapping[str, Tensor] | None:
+        """The tensors of an entry; None if there is none."""
+
+    def writer(self, expected_bytes: int = 0) -> AbstractContextManager[EntryWriter]:
+        """What to add entries by."""
+
+
 @dataclass(frozen=True)
 class ActivationCache:
     """Cached activations of a set of rows, in the model's dtype, handed out row by row."""
@@ -57,19 +89,23 @@ class ActivationCache:
     layers: tuple[int, ...]  # ascending
     positive_sources: Tensor  # (pairs, layers, D)
     negative_sources: Tensor  # (pairs, layers, D)
-    base_hidden: Sequence[Tensor] = field(repr=False)  # of each row, see CachedRow
-    target_final: Sequence[Tensor] = field(repr=False)  # of each row, see CachedRow
-    folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)  # memory-mapped files, if any
+    entries: Entries = field(repr=False)
+    base_keys: tuple[str, ...] = field(repr=False)  # of each row
+    source_keys: tuple[str, ...] = field(repr=False)  # of each row
+    folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)  # of temporary files, if any
 
     def __len__(self) -> int:
         return len(self.rows.rows)
 
     def row(self, number: int) -> CachedRow:
         """What is cached of row `number`, from 0."""
-        entry = self.rows.rows[number]
-        sources = self.positive_sources if entry.toward == "positive" else self.negative_sources
+        row = self.rows.rows[number]
+        sources = self.positive_sources if row.toward == "positive" else self.negative_sources
         return CachedRow(
-            entry, self.base_hidden[number], self.target_final[number], sources[entry.pair - self.rows.rows[0].pair]
+            row=row,
+            base_hidden=_tensor(self.entries, self.base_keys[number], "hidden"),
+            target_final=_tensor(self.entries, self.source_keys[number], "final"),
+            source=sources[row.pair - self.rows.rows[0].pair],
         )
 
     def base_length(self, number: int) -> int:
@@ -99,6 +135,7 @@ def build_cache(
     packing: Packing = "auto",
     impl: Implementation = "auto",
     runner: Runner | None = None,
+    store: ActivationStore | None = None,
     micro_batch_tokens: int = 4096,
     memory_bytes: int = 4 * 2**30,
     folder: str | os.PathLike[str] | None = None,
@@ -106,6 +143,11 @@ def build_cache(
     progress: bool = True,
 ) -> ActivationCache:
     """Run the frozen model over every row once and keep what training needs.
+
+    With a store, nothing is computed that is there, and what is computed stays there, also after an interruption; a
+    kill loses two seconds of work and the batch in progress. Which sequences are run together depends on the rows and
+    `micro_batch_tokens` alone: a batch of which anything is missing is run whole. So a pass that is resumed ends with
+    the bits of one that was not interrupted.
 
     Args:
         decoder: the model.
@@ -116,90 +158,104 @@ def build_cache(
         packing: how rows go through the model, see `make_runner`.
         impl: implementation of the ops within it.
         runner: one made beforehand, which several caches may share, for a prefix that all sequences begin with (see
-            `rows_prefix`); `packing` and `impl` then say nothing.
+            `rows_prefix`); `packing` then says nothing, and `impl` is what it was made with.
+        store: where activations are kept for good, opened with the `cache_identity` of this runner.
         micro_batch_tokens: tokens per forward pass, pads counted.
-        memory_bytes: beyond this size the activations are memory-mapped files.
+        memory_bytes: beyond this size the activations are memory-mapped temporary files, unless there is a store.
         folder: where those files lie, in a temporary sub-folder; the system's folder for temporary files if None.
         description: text of the progress bar.
         progress: whether to show it (never if the standard error is no terminal).
 
     Raises:
-        InvalidInputError: a runner of another model, or for a prefix that does not fit the rows.
+        InvalidInputError: a runner of another model, or for a prefix that does not fit the rows; a store of activations
+            that are computed otherwise.
         NonFiniteError: an activation is NaN or infinite; the row is named.
-        StorageError: no room for the memory-mapped files.
+        StorageError: no room on the disk. What was stored before is kept.
         UnsupportedError: the model's suffix does not reproduce its own forward pass.
     """
     layers = tuple(sorted(layers))
-    width, dtype = decoder.hidden_size, decoder.dtype
-    entries = rows.rows
-    pairs = len(rows.positive_prompts)
-    first_pair = entries[0].pair
-    base_sequences = [row.base.ids for row in entries]
-    source_sequences = [row.source.ids for row in entries]
-    covered = {(row.toward, row.pair - first_pair) for row in entries}
-    remaining = [
-        (side, pair) for side in ("positive", "negative") for pair in range(pairs) if (side, pair) not in covered
-    ]
-    prompts = {"positive": rows.positive_prompts, "negative": rows.negative_prompts}
-    remaining_prompts = [prompts[side][pair] for side, pair in remaining]
     longest = rows.prefix_length if prefix_length is None else prefix_length
     if runner is None:
         runner = make_runner(decoder, rows_prefix([rows], longest), packing, impl)
     else:
         _check_runner(runner, decoder, rows, longest)
+    if store is not None:
+        _check_store(store, cache_identity(runner, layers, impl))
     shared = len(runner.prefix_ids)
-
-    base_starts = _starts(len(ids) - shared for ids in base_sequences)
-    target_starts = _starts(row.base.response_length for row in entries)
-    sizes = (base_starts[-1] * width, target_starts[-1] * width)
-    total = (sum(sizes) + 2 * pairs * len(layers) * width) * dtype.itemsize
-    store = _Store(total > memory_bytes, total, folder)
-    base_hidden, target_final = (
-        _Pieces(store.allocate(size, dtype).view(-1, width), starts)
-        for size, starts in zip(sizes, (base_starts, target_starts), strict=True)
+    base = [_base_sequence(row, layers[0], shared) for row in rows.rows]
+    source = [_source_sequence(row, layers, shared) for row in rows.rows]
+    first_pair = rows.rows[0].pair
+    sides = {"positive": rows.positive_prompts, "negative": rows.negative_prompts}
+    covered = {(row.toward, row.pair - first_pair): one for row, one in zip(rows.rows, source, strict=True)}
+    prompts = {
+        (side, pair): _prompt_sequence(ids, f"{side} prompt of pair {pair + first_pair}", layers, shared)
+        for side, of_side in sides.items()
+        for pair, ids in enumerate(of_side)
+        if (side, pair) not in covered
+    }
+    passes = [
+        _Pass.of(source, layers, None),
+        _Pass.of(base, layers[:1], layers[0]),
+        _Pass.of(prompts.values(), layers, layers[-1]),
+    ]
+    kept: _Kept | None = None
+    entries: Entries
+    if store is None:
+        entries = kept = _Kept(passes, decoder.hidden_size, decoder.dtype, memory_bytes, folder)
+    else:
+        entries = store
+    _run(passes, runner, entries, micro_batch_tokens, description, progress)
+    by_side = covered | prompts
+    positive, negative = (
+        torch.stack([_tensor(entries, by_side[side, pair].key, "source") for pair in range(len(of_side))])
+        for side, of_side in sides.items()
     )
-    positive, negative = (torch.empty(pairs, len(layers), width, dtype=dtype) for _ in range(2))
-
-    def in_batches(
-        sequences: Sequence[Sequence[int]], layers: Sequence[int], stop_after: int | None
-    ) -> Iterator[tuple[int, int, Capture]]:
-        """For each sequence, its number, where it begins in the pass that it was in, and that pass."""
-        lengths = [len(sequence) - shared for sequence in sequences]
-        order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
-        for indices in batches_by_tokens(order, lengths, micro_batch_tokens, pads=runner.pads):
-            batch = [sequences[index][shared:] for index in indices]
-            captured = runner.capture(batch, layers, stop_after=stop_after)
-            for index, begin in zip(indices, _starts(map(len, batch)), strict=False):
-                yield index, begin, captured
-            bar.update(sum(map(len, batch)))
-
-    tokens = sum(len(ids) - shared for ids in (*base_sequences, *source_sequences, *remaining_prompts))
-    bar = tqdm(total=tokens, desc=description, unit="token", disable=None if progress else True, leave=False)
-    with bar:
-        for index, begin, captured in in_batches(source_sequences, layers, None):
-            assert captured.final is not None
-            row = entries[index]
-            read = begin + row.source_position - shared
-            sources = torch.stack([captured.hidden[layer][read] for layer in layers])
-            start = begin + row.source.prompt_length - 1 - shared
-            final = captured.final[start : start + row.source.response_length]
-            _require_finite(row.name, {"source activation": sources, "final hidden state": final})
-            (positive if row.toward == "positive" else negative)[row.pair - first_pair] = sources.cpu()
-            target_final[index][:] = final.cpu()
-        for index, begin, captured in in_batches(base_sequences, layers[:1], layers[0]):
-            length = len(base_sequences[index]) - shared
-            activations = captured.hidden[layers[0]][begin : begin + length]
-            _require_finite(entries[index].name, {f"activation at layer {layers[0]}": activations})
-            base_hidden[index][:] = activations.cpu()
-        for index, begin, captured in in_batches(remaining_prompts, layers, layers[-1]):
-            side, pair = remaining[index]
-            last = begin + len(remaining_prompts[index]) - 1 - shared
-            sources = torch.stack([captured.hidden[layer][last] for layer in layers])
-            _require_finite(f"{side} prompt of pair {pair + first_pair}", {"source activation": sources})
-            (positive if side == "positive" else negative)[pair] = sources.cpu()
-    cache = ActivationCache(rows, runner, layers, positive, negative, base_hidden, target_final, store.folder)
+    if kept is not None:
+        kept.drop("source")
+    base_keys, source_keys = (tuple(sequence.key for sequence in sequences) for sequences in (base, source))
+    temporary = None if kept is None else kept.folder
+    cache = ActivationCache(rows, runner, layers, positive, negative, entries, base_keys, source_keys, temporary)
     _check_suffix(decoder, cache)
     return cache
+
+
+def cache_identity(
+    runner: Runner,
+    layers: Sequence[int],
+    impl: Implementation = "auto",
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """What cached activations depend on beside the sequences: the identity for their `ActivationStore`.
+
+    Args:
+        runner: what runs the sequences.
+        layers: the intervened layers.
+        impl: what the runner was made with.
+        name: of the model, if it is known.
+        revision: of the model, if it is known.
+    """
+    decoder = runner.decoder
+    wanted = "auto" if impl == "triton" else impl  # as `make_runner` does
+    chosen: str = choose_implementation("cached activations", wanted, decoder.device, has_triton=False)
+    if wanted == "auto" and chosen == "reference":
+        chosen = "the model's own"
+    return {
+        "model": model_fingerprint(decoder.model),
+        "name": name,
+        "revision": revision,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "device": decoder.device.type,
+        "hidden_size": decoder.hidden_size,
+        "layers": sorted(layers),
+        "prefix_length": len(runner.prefix_ids),
+        "prefix": sha256_of(json.dumps(runner.prefix_ids)),
+        "packing": "padded" if runner.pads else "packed",
+        "impl": chosen,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
 
 
 def rows_prefix(row_sets: Iterable[TokenRows], longest: int) -> tuple[int, ...]:
@@ -228,50 +284,179 @@ def batches_by_tokens(
     return batches
 
 
-class _Pieces(Sequence[Tensor]):
-    """Views (T, D) of a tensor in which they lie one behind the other."""
+@dataclass(frozen=True)
+class _Sequence:
+    """A sequence that is run, and what is kept of it."""
 
-    def __init__(self, flat: Tensor, starts: tuple[int, ...]) -> None:
-        self.flat, self.starts = flat, starts  # (all T, D); one more than pieces
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @overload
-    def __getitem__(self, place: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, place: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
-        place = range(len(self))[place]
-        return self.flat[self.starts[place] : self.starts[place + 1]]
+    name: str  # how errors name it
+    ids: tuple[int, ...]  # the prefix included
+    key: str
+    lengths: Mapping[str, int]  # of each tensor that is kept, (length, D)
+    read: Callable[[Capture, int], dict[str, Tensor]]  # these tensors, from a pass in which it begins at a token
 
 
-class _Store:
-    """Flat tensors in memory, or memory-mapped files in a temporary folder that goes with them."""
+@dataclass(frozen=True)
+class _Pass:
+    """Sequences that are run alike, see `Runner.capture`."""
 
-    def __init__(self, on_disk: bool, total_bytes: int, parent: str | os.PathLike[str] | None) -> None:
+    sequences: Sequence[_Sequence]
+    layers: Sequence[int]
+    stop_after: int | None
+
+    @classmethod
+    def of(cls, sequences: Iterable[_Sequence], layers: Sequence[int], stop_after: int | None) -> _Pass:
+        """A pass over each of the sequences once."""
+        return cls(list({sequence.key: sequence for sequence in sequences}.values()), layers, stop_after)
+
+    def batches(self, shared: int, max_tokens: int, pads: bool) -> list[list[_Sequence]]:
+        """The sequences by length, as many in a batch as `batches_by_tokens` says."""
+        lengths = [len(sequence.ids) - shared for sequence in self.sequences]
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        batches = batches_by_tokens(order, lengths, max_tokens, pads=pads)
+        return [[self.sequences[index] for index in batch] for batch in batches]
+
+
+def _base_sequence(row: TrainingRow, layer: int, shared: int) -> _Sequence:
+    length = len(row.base.ids) - shared
+
+    def read(captured: Capture, begin: int) -> dict[str, Tensor]:
+        return {"hidden": captured.hidden[layer][begin : begin + length]}
+
+    return _Sequence(row.name, row.base.ids, base_key(row.base.ids, layer), {"hidden": length}, read)
+
+
+def _source_sequence(row: TrainingRow, layers: Sequence[int], shared: int) -> _Sequence:
+    sequence, position = row.source, row.source_position
+
+    def read(captured: Capture, begin: int) -> dict[str, Tensor]:
+        assert captured.final is not None
+        start = begin + sequence.prompt_length - 1 - shared
+        return {
+            "final": captured.final[start : start + sequence.response_length],
+            "source": torch.stack([captured.hidden[layer][begin + position - shared] for layer in layers]),
+        }
+
+    key = source_key(sequence.ids, sequence.prompt_length, position, layers)
+    return _Sequence(row.name, sequence.ids, key, {"final": sequence.response_length, "source": len(layers)}, read)
+
+
+def _prompt_sequence(ids: tuple[int, ...], name: str, layers: Sequence[int], shared: int) -> _Sequence:
+    def read(captured: Capture, begin: int) -> dict[str, Tensor]:
+        last = begin + len(ids) - 1 - shared
+        return {"source": torch.stack([captured.hidden[layer][last] for layer in layers])}
+
+    return _Sequence(name, ids, prompt_key(ids, layers), {"source": len(layers)}, read)
+
+
+def _run(
+    passes: Sequence[_Pass],
+    runner: Runner,
+    entries: Entries,
+    micro_batch_tokens: int,
+    description: str,
+    progress: bool,
+) -> None:
+    """Run the batches of which anything is missing, and add what is."""
+    decoder, shared = runner.decoder, len(runner.prefix_ids)
+    found = entries.find(sequence.key for one in passes for sequence in one.sequences)
+    batches = [(one, batch) for one in passes for batch in one.batches(shared, micro_batch_tokens, runner.pads)]
+    tokens = [sum(len(sequence.ids) - shared for sequence in batch) for _, batch in batches]
+    missing = [{sequence.key for sequence in batch} - found for _, batch in batches]
+    if not any(missing):
+        return
+    lengths = {sequence.key: sum(sequence.lengths.values()) for one in passes for sequence in one.sequences}
+    expected_bytes = sum(lengths[key] for key in set().union(*missing)) * decoder.hidden_size * decoder.dtype.itemsize
+    bar = tqdm(
+        total=sum(tokens),
+        initial=sum(count for count, keys in zip(tokens, missing, strict=True) if not keys),
+        desc=description,
+        unit="token",
+        disable=None if progress else True,
+        leave=False,
+    )
+    with bar, entries.writer(expected_bytes) as writer:
+        committed = time.monotonic()
+        for (one, batch), count, keys in zip(batches, tokens, missing, strict=True):
+            if not keys:
+                continue
+            if keys != entries.find(keys):  # another process may have been here meanwhile
+                ids = [sequence.ids[shared:] for sequence in batch]
+                captured = runner.capture(ids, one.layers, stop_after=one.stop_after)
+                for sequence, begin in zip(batch, _starts(map(len, ids)), strict=False):
+                    tensors = sequence.read(captured, begin)
+                    _require_finite(sequence.name, one.layers[0], tensors)
+                    writer.add(sequence.key, tensors)
+            bar.update(count)
+            if time.monotonic() - committed >= COMMIT_SECONDS:
+                writer.commit()
+                committed = time.monotonic()
+
+
+class _Kept:
+    """Entries as long as the program runs: in flat tensors in memory, or memory-mapped from a temporary folder."""
+
+    def __init__(
+        self,
+        passes: Sequence[_Pass],
+        width: int,
+        dtype: torch.dtype,
+        memory_bytes: int,
+        parent: str | os.PathLike[str] | None,
+    ) -> None:
+        totals: Counter[str] = Counter()
+        for one in passes:
+            for sequence in one.sequences:
+                totals.update(sequence.lengths)
+        total_bytes = totals.total() * width * dtype.itemsize
         self.folder: tempfile.TemporaryDirectory[str] | None = None
-        self.count = 0
-        if not on_disk:
-            return
-        place = Path(parent if parent is not None else tempfile.gettempdir())
-        free = shutil.disk_usage(place).free
-        if total_bytes > free:
-            remedy = "Free some space, raise cache_bytes to keep them in memory, or choose another output folder."
-            wanted = f"{total_bytes / 2**20:.0f} MiB free for cached activations"
-            raise StorageError(expected_got(str(place), wanted, f"{free / 2**20:.0f} MiB", remedy))
-        self.folder = tempfile.TemporaryDirectory(dir=place, prefix=".activations-")
+        if total_bytes > memory_bytes:
+            place = Path(parent if parent is not None else tempfile.gettempdir())
+            free = shutil.disk_usage(place).free
+            if total_bytes > free:
+                remedy = "Free some space, raise cache_bytes to keep them in memory, or choose another output folder."
+                wanted = f"{total_bytes / 2**20:.0f} MiB free for cached activations"
+                raise StorageError(expected_got(str(place), wanted, f"{free / 2**20:.0f} MiB", remedy))
+            self.folder = tempfile.TemporaryDirectory(dir=place, prefix=".activations-")
+        self.flat = {name: self._allocate(name, total * width, dtype).view(-1, width) for name, total in totals.items()}
+        self.used = dict.fromkeys(self.flat, 0)
+        self.places: dict[str, dict[str, slice]] = {}  # key -> tensor -> its rows in the flat one
 
-    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A tensor of `numel` elements."""
+    def find(self, keys: Iterable[str]) -> set[str]:
+        """See `Entries`."""
+        return self.places.keys() & set(keys)
+
+    def get(self, key: str) -> Mapping[str, Tensor] | None:
+        """See `Entries`."""
+        if key not in self.places:
+            return None
+        return {name: self.flat[name][place] for name, place in self.places[key].items() if name in self.flat}
+
+    def writer(self, expected_bytes: int = 0) -> AbstractContextManager[EntryWriter]:
+        """See `Entries`."""
+        return nullcontext(self)
+
+    def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """See `EntryWriter`."""
+        if key in self.places:
+            return
+        self.places[key] = {}
+        for name, tensor in tensors.items():
+            place = slice(self.used[name], self.used[name] + len(tensor))
+            self.flat[name][place] = tensor.cpu()
+            self.used[name] = place.stop
+            self.places[key][name] = place
+
+    def commit(self) -> None:
+        """See `EntryWriter`."""
+
+    def drop(self, name: str) -> None:
+        """Forget the tensors of that name."""
+        self.flat.pop(name, None)
+
+    def _allocate(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         if self.folder is None:
             return torch.empty(numel, dtype=dtype)
-        path = Path(self.folder.name) / f"{self.count}.bin"
-        self.count += 1
+        path = Path(self.folder.name) / f"{name}.bin"
         try:
             with path.open("wb") as file:
                 if hasattr(os, "posix_fallocate"):  # finds a full disk now, not at a later page fault
@@ -283,6 +468,24 @@ class _Store:
                 expected_got(str(path), f"{numel * dtype.itemsize / 2**20:.0f} MiB of disk", error.strerror)
             ) from error
         return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+
+
+def _tensor(entries: Entries, key: str, name: str) -> Tensor:
+    entry = entries.get(key)
+    if entry is None:
+        remedy = "Run again: what is missing is computed again."
+        raise StorageError(expected_got("cached activations", f"an entry {key}", "none any more", remedy))
+    return entry[name]
+
+
+def _check_store(store: ActivationStore, identity: Mapping[str, Any]) -> None:
+    """Raise `InvalidInputError` unless the store's identity is this one; name and revision are the caller's to know."""
+    for name, value in identity.items():
+        if name not in ("name", "revision") and store.identity.get(name) != value:
+            remedy = "Open the store with the `cache_identity` of the runner."
+            raise InvalidInputError(
+                expected_got(f"store of activations: {name}", repr(value), repr(store.identity.get(name)), remedy)
+            )
 
 
 def _check_suffix(decoder: Decoder, cache: ActivationCache) -> None:
@@ -328,11 +531,12 @@ def _check_runner(runner: Runner, decoder: Decoder, rows: TokenRows, longest: in
             raise InvalidInputError(expected_got("runner", wanted, got, "Make it for `rows_prefix` of all rows."))
 
 
-def _require_finite(row: str, tensors: dict[str, Tensor]) -> None:
+def _require_finite(row: str, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    meanings = {"source": "source activation", "final": "final hidden state", "hidden": f"activation at layer {layer}"}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             remedy = "Load the model in float32 or bfloat16, or remove the pair."
-            raise NonFiniteError(expected_got(f"{row}: {name}", "finite numbers", "NaN or infinity", remedy))
+            raise NonFiniteError(expected_got(f"{row}: {meanings[name]}", "finite numbers", "NaN or infinity", remedy))
 
 
 def _starts(lengths: Iterable[int]) -> tuple[int, ...]:

@@ -22,12 +22,13 @@ from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.models.packed import Runner, make_runner
 from cdas_fast.models.structure import Decoder, model_fingerprint
 from cdas_fast.steering.vector import Factors, SteeringVector
-from cdas_fast.training.cache import ActivationCache, build_cache, rows_prefix
+from cdas_fast.training.activation_store import ActivationStore
+from cdas_fast.training.cache import ActivationCache, build_cache, cache_identity, rows_prefix
 from cdas_fast.training.concept import ConceptTraining
 from cdas_fast.training.config import TrainingConfig
 from cdas_fast.training.directions import difference_in_means, is_orthonormal, orthonormalize, random_direction
 from cdas_fast.training.objective import DivergenceObjective
-from cdas_fast.training.run_folder import Checkpoint, RunFolder, StepRecord
+from cdas_fast.training.run_folder import ACTIVATIONS, Checkpoint, RunFolder, StepRecord
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class ConceptResult:
 class RunContext:
     """What all concepts of a run share: the model, the template, the settings, and the passes behind one prefix."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Any, config: TrainingConfig, progress: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, tokenizer: Any, config: TrainingConfig, activations_dir: Path | None, progress: bool
+    ) -> None:
         self.decoder, self.config, self.progress = decoder, config, progress
+        self.activations_dir = activations_dir
         self.format = PromptFormat(tokenizer, config.system_prompt, config.source_tokens, config.clean_spaces)
         self.prefix_length = self.format.prefix_length if config.prefix_length is None else config.prefix_length
         self.fingerprint = model_fingerprint(decoder.model)
@@ -75,6 +79,19 @@ class RunContext:
     def runner(self) -> Runner:
         """For passes behind `prefix_ids`, to be set before."""
         return make_runner(self.decoder, self.prefix_ids, self.config.packing, self.config.impl)
+
+    def store_in(self, folder: Path) -> ActivationStore:
+        """The store of this run's activations in a folder of stores."""
+        model = self.decoder.model
+        revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+        name = getattr(model, "name_or_path", None) or None
+        identity = cache_identity(self.runner, self.config.layers, self.config.impl, name=name, revision=revision)
+        return ActivationStore(folder, identity)
+
+    @functools.cached_property
+    def kept_store(self) -> ActivationStore | None:
+        """The store that outlives the run, if there is to be one."""
+        return None if self.activations_dir is None else self.store_in(self.activations_dir)
 
     @functools.cached_property
     def objective(self) -> DivergenceObjective:
@@ -141,6 +158,9 @@ class ConceptRun:
         """Compute the activations; `together` concepts divide the memory for them."""
         context, config = self.context, self.context.config
         started = time.perf_counter()
+        store = context.kept_store
+        if store is None and self.folder is not None:
+            store = context.store_in(self.folder.path / ACTIVATIONS)
 
         def cached(pairs: ContrastivePairs, description: str) -> ActivationCache:
             return build_cache(
@@ -151,8 +171,8 @@ class ConceptRun:
                 runner=context.runner,
                 impl=config.impl,
                 micro_batch_tokens=config.micro_batch_tokens,
+                store=store,
                 memory_bytes=config.cache_bytes // together,
-                folder=None if self.folder is None else self.folder.path,
                 description=description,
                 progress=context.progress,
             )
@@ -219,6 +239,7 @@ class ConceptRun:
 
             write_run_report(self.folder.path, result)
             vector.save_pretrained(self.folder.path, overwrite=True)  # a killed run may have left a part of it
+            self.folder.drop_activations()
         return result
 
     def stored_result(self) -> ConceptResult:

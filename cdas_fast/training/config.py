@@ -53,7 +53,8 @@ class TrainingConfig:
         concepts_together: of several concepts, how many train at a time, their rows in the same micro-batches; None for
             as many as fill one. It bears on memory and speed; results differ by the rounding of products at most.
         micro_batch_tokens: tokens that go through the suffix at once, pads counted; bounds memory, not the result.
-        cache_bytes: activations are kept in memory up to this size, and in memory-mapped files beyond it.
+        cache_bytes: without an output folder, activations are kept in memory up to this size, and in temporary
+            memory-mapped files beyond it.
         checkpoint_every: steps between checkpoints.
         evaluate_every: epochs between evaluations on held-out pairs.
         impl: implementation of the ops.

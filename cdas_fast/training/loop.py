@@ -62,6 +62,7 @@ def train(
     *,
     validation: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
+    activations_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     callback: Callable[[StepInfo], None] | None = None,
     progress: bool = True,
@@ -91,6 +92,9 @@ def train(
         validation: held-out pairs, on which the loss is measured every `evaluate_every` epochs.
         output_dir: folder for log, checkpoints, vector and report, new or empty; a sub-folder `concept_ID` for each of
             several concepts. Nothing is written if None.
+        activations_dir: folder in which activations are kept for later runs, which find those of the same model, layers
+            and sequences again, whatever their other settings. If None, they lie in `output_dir` until the run is
+            complete, so that an interrupted one need not compute them again; without either, see `cache_bytes`.
         resume: go on in `output_dir` where an interrupted run with the same settings stopped. On a CPU the result is
             the same to the bit as without the interruption.
         callback: called after each step of each concept.
@@ -132,7 +136,9 @@ def train(
     if decoder.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(decoder.device)
     with frozen(model):
-        context = RunContext(decoder, tokenizer, config, progress)
+        context = RunContext(
+            decoder, tokenizer, config, None if activations_dir is None else Path(activations_dir), progress
+        )
         concepts = []
         quiet = None if progress and several else True
         for concept_id in tqdm(own, desc="Reading pairs", unit="concept", leave=False, disable=quiet):

@@ -175,8 +175,6 @@ class DivergenceObjective:
             }
             owners, predicting, target = self._responses(asked, batch)
             final = self.runner.suffix(self.layers[0], edited, batch.rows, edits=edits, positions=predicting)
-            owners, predicting, target = self._responses(asked, batch)
-            final = cache.runner.suffix(cache.layers[0], edited, batch.rows, edits=edits, positions=predicting)
             losses = linear_jsd(
                 final,
                 target,

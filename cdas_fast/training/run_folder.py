@@ -21,6 +21,7 @@ PREVIOUS = "checkpoint.previous.safetensors"  # the one before, of a concept tha
 LOG = "training_log.jsonl"
 ARTIFACT_CONFIG = "config.json"  # written last: its presence says that the run is complete
 REPORT = "report.html"
+ACTIVATIONS = ".activations"  # until the run is complete, unless they are kept elsewhere
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def refuse_used_folder(path: str | os.PathLike[str]) -> None:
     if not path.exists():
         return
     entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else ["a file"]
-    entries = [name for name in entries if not _is_scrap(name)]
+    entries = [name for name in entries if not _is_scrap(name) and name != ACTIVATIONS]
     if entries:
         what = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
         remedy = "Choose another one" + (", or resume the run there." if CHECKPOINT in entries else ".")
@@ -77,8 +78,8 @@ def refuse_used_folder(path: str | os.PathLike[str]) -> None:
 
 
 def _is_scrap(name: str) -> bool:
-    """Whether a file is one that a killed process may leave behind: half-written, or cached activations."""
-    return name.startswith(".") and (name.endswith(".partial") or name.startswith(".activations-"))
+    """Whether a file is one that a killed process may leave behind half-written."""
+    return name.startswith(".") and name.endswith(".partial")
 
 
 class RunFolder:
@@ -102,8 +103,8 @@ class RunFolder:
         if not resume:
             refuse_used_folder(self.path)
         for scrap in filter(_is_scrap, entries):
-            (shutil.rmtree if (self.path / scrap).is_dir() else os.unlink)(self.path / scrap)
-        entries = [name for name in entries if not _is_scrap(name)]
+            (self.path / scrap).unlink()
+        entries = [name for name in entries if not _is_scrap(name) and name != ACTIVATIONS]
         if not entries:
             return ()
         if not {CHECKPOINT, PREVIOUS} & set(entries):
@@ -157,6 +158,10 @@ class RunFolder:
             raise StorageError(
                 f"{self.path / LOG}: cannot be written ({error.strerror}); resume the run later."
             ) from error
+
+    def drop_activations(self) -> None:
+        """Delete the cached activations, which a complete run has no more use for."""
+        shutil.rmtree(self.path / ACTIVATIONS, ignore_errors=True)  # Windows keeps what is open
 
     @property
     def is_complete(self) -> bool:
