@@ -87,11 +87,11 @@ class ActivationCache:
     rows: TokenRows
     runner: Runner  # for passes behind the shared prefix
     layers: tuple[int, ...]  # ascending
-    positive_sources: Tensor  # (pairs, layers, D)
-    negative_sources: Tensor  # (pairs, layers, D)
     entries: Entries = field(repr=False)
     base_keys: tuple[str, ...] = field(repr=False)  # of each row
     source_keys: tuple[str, ...] = field(repr=False)  # of each row
+    positive_keys: tuple[str, ...] = field(repr=False)  # of each pair's positive prompt
+    negative_keys: tuple[str, ...] = field(repr=False)  # of each pair's negative prompt
     folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)  # of temporary files, if any
 
     def __len__(self) -> int:
@@ -99,14 +99,22 @@ class ActivationCache:
 
     def row(self, number: int) -> CachedRow:
         """What is cached of row `number`, from 0."""
-        row = self.rows.rows[number]
-        sources = self.positive_sources if row.toward == "positive" else self.negative_sources
         return CachedRow(
-            row=row,
+            row=self.rows.rows[number],
             base_hidden=_tensor(self.entries, self.base_keys[number], "hidden"),
             target_final=_tensor(self.entries, self.source_keys[number], "final"),
-            source=sources[row.pair - self.rows.rows[0].pair],
+            source=_tensor(self.entries, self.source_keys[number], "source"),
         )
+
+    @property
+    def positive_sources(self) -> Tensor:
+        """Source activations of the positive prompts, (pairs, layers, D); a copy."""
+        return torch.stack([_tensor(self.entries, key, "source") for key in self.positive_keys])
+
+    @property
+    def negative_sources(self) -> Tensor:
+        """Those of the negative prompts, (pairs, layers, D); a copy."""
+        return torch.stack([_tensor(self.entries, key, "source") for key in self.negative_keys])
 
     def base_length(self, number: int) -> int:
         """Tokens T of a row's base sequence beyond the shared prefix."""
@@ -121,9 +129,9 @@ class ActivationCache:
     def nbytes(self) -> int:
         """Size of all cached activations."""
         tokens = sum(map(self.base_length, range(len(self)))) + self.rows.response_tokens
-        sources = (self.positive_sources, self.negative_sources)
-        width, itemsize = self.positive_sources.shape[2], self.positive_sources.dtype.itemsize
-        return tokens * width * itemsize + sum(tensor.nbytes for tensor in sources)
+        sources = len(self.layers) * (len(self.positive_keys) + len(self.negative_keys))
+        decoder = self.runner.decoder
+        return (tokens + sources) * decoder.hidden_size * decoder.dtype.itemsize
 
 
 def build_cache(
@@ -206,15 +214,10 @@ def build_cache(
         entries = store
     _run(passes, runner, entries, micro_batch_tokens, description, progress)
     by_side = covered | prompts
-    positive, negative = (
-        torch.stack([_tensor(entries, by_side[side, pair].key, "source") for pair in range(len(of_side))])
-        for side, of_side in sides.items()
-    )
-    if kept is not None:
-        kept.drop("source")
-    base_keys, source_keys = (tuple(sequence.key for sequence in sequences) for sequences in (base, source))
-    temporary = None if kept is None else kept.folder
-    cache = ActivationCache(rows, runner, layers, positive, negative, entries, base_keys, source_keys, temporary)
+    of_pairs = [[by_side[side, pair] for pair in range(len(of_side))] for side, of_side in sides.items()]
+    keys = [tuple(each.key for each in sequences) for sequences in (base, source, *of_pairs)]
+    folder_of_files = None if kept is None else kept.folder
+    cache = ActivationCache(rows, runner, layers, entries, keys[0], keys[1], keys[2], keys[3], folder_of_files)
     _check_suffix(decoder, cache)
     return cache
 
@@ -448,10 +451,6 @@ class _Kept:
 
     def commit(self) -> None:
         """See `EntryWriter`."""
-
-    def drop(self, name: str) -> None:
-        """Forget the tensors of that name."""
-        self.flat.pop(name, None)
 
     def _allocate(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         if self.folder is None:
