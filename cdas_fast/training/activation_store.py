@@ -333,27 +333,34 @@ class _Segment:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data, self.index = io.FileIO(path.with_suffix(".bin")), io.FileIO(path)
+        self.data = io.FileIO(path.with_suffix(".bin"))  # kept open, so that deleting the store takes nothing away
         self.index_read = 0  # bytes
         self._map: mmap.mmap | None = None
-        for file in (self.data, self.index):
-            weakref.finalize(self, file.close)
+        weakref.finalize(self, self.data.close)
 
     @classmethod
     def open(cls, path: Path) -> _Segment | None:
-        """The segment whose index lies at `path`; None if it or its data are gone."""
+        """The segment whose index lies at `path`; None if its data cannot be read."""
         try:
             return cls(path)
         except OSError as error:
-            _logger.warning("%s: cannot be read (%s); its activations are computed again", path, error.strerror)
+            if path.exists():  # not if its writer ended without an entry just now
+                _logger.warning("%s: cannot be read (%s); its activations are computed again", path, error.strerror)
             return None
 
     def read_index(self) -> Iterator[_Entry]:
         """The entry of each whole line that was not read before."""
-        if os.fstat(self.index.fileno()).st_size <= self.index_read:
+        try:
+            if self.path.stat().st_size <= self.index_read:
+                return
+            with self.path.open("rb") as index:
+                index.seek(self.index_read)
+                *lines, _ = index.read().split(b"\n")  # the last one is being written, or never will be whole
+        except FileNotFoundError:
+            return  # the store was deleted
+        except OSError as error:
+            _logger.warning("%s: cannot be read (%s)", self.path, error.strerror)
             return
-        self.index.seek(self.index_read)
-        *lines, _ = self.index.read().split(b"\n")  # the last one is being written, or never will be whole
         size = os.fstat(self.data.fileno()).st_size
         for line in lines:
             self.index_read += len(line) + 1

@@ -256,7 +256,7 @@ def cache_identity(
         "prefix": sha256_of(json.dumps(runner.prefix_ids)),
         "packing": "padded" if runner.pads else "packed",
         "impl": chosen,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": importlib.metadata.version("transformers"),
     }
 
