@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ from cdas_fast.errors import InvalidInputError, NonFiniteError, StorageError, Un
 from cdas_fast.models import inspect_decoder
 from cdas_fast.models.packed import PackedRunner, PaddedRunner
 from cdas_fast.training.cache import batches_by_tokens
-from cdas_fast.training.directions import difference_in_means, is_orthonormal, orthonormalize, random_direction
+from cdas_fast.training.directions import (
+    difference_in_means,
+    is_orthonormal,
+    orthonormalize,
+    principal_direction,
+    random_direction,
+)
 
 # The specification: whole forward passes, ordinary hooks, logits at all positions
 
@@ -262,6 +268,97 @@ def test_source_tokens_choose_the_source_position() -> None:
     assert marked.only.cache is not None
     row = marked.only.cache.rows.rows[0]
     assert row.source.ids[row.source_position] == tiny_tokenizer()("\n", add_special_tokens=False)["input_ids"][0]
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("linear", 0), ("linear", 3), ("cosine", 0), ("cosine", 2)])
+def test_learning_rates_of_a_schedule(schedule: Any, warmup: int) -> None:
+    history = tiny_run(learning_rate=0.1, schedule=schedule, warmup_steps=warmup).history
+    total = len(history)
+    assert total == 9
+    expected = [0.1 * (step + 1) / (warmup + 1) for step in range(warmup)]
+    for step in range(warmup, total):
+        done = (step - warmup) / (total - warmup)
+        expected.append(0.1 * (1 - done if schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)))
+    assert [record.learning_rate for record in history] == pytest.approx(expected)
+    assert max(expected) == expected[warmup] == 0.1
+
+
+def losses_in_turn(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> None:
+    """Let the held-out evaluations find these losses."""
+    given = iter(losses)
+    monkeypatch.setattr("cdas_fast.training.concept.mean_divergence", lambda *arguments: next(given))
+
+
+@pytest.mark.parametrize(
+    ("patience", "losses", "epochs", "best"),
+    [
+        (1, [0.5, 0.4, 0.45, 0.1], 3, 2),
+        (2, [0.5, 0.4, 0.45, 0.3, 0.3, 0.31, 0.1], 6, 4),
+        (2, [0.5, 0.6, 0.7, 0.1], 3, 1),
+        (5, [0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.04], 7, 7),
+        (None, [0.1, 0.4, 0.45, 0.5, 0.5, 0.5, 0.5], 7, 7),
+    ],
+)
+def test_training_stops_when_patience_ends_and_keeps_the_best(
+    patience: int | None,
+    losses: list[float],
+    epochs: int,
+    best: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    settings: dict[str, Any] = {
+        "validation": PAIRS[:2],
+        "epochs": 7,
+        "patience": patience,
+        "output_dir": tmp_path / "out",
+    }
+    directions: dict[int, Tensor] = {}
+    losses_in_turn(monkeypatch, losses)
+
+    def remember(info: Any) -> None:
+        directions[info.record.epoch] = info.direction
+
+    result = tiny_run(callback=remember, **settings)
+    assert result.history[-1].epoch == max(directions) == epochs
+    assert torch.equal(result.vector.direction, directions[best])
+
+    def interrupt(info: Any) -> None:
+        if info.record.step == 5:
+            raise KeyboardInterrupt
+
+    settings["output_dir"] = tmp_path / "again"
+    losses_in_turn(monkeypatch, losses)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(callback=interrupt, **settings)
+    losses_in_turn(monkeypatch, losses[1:])
+    assert tiny_run(resume=True, **settings).vector == result.vector
+
+
+def test_patience_needs_held_out_pairs() -> None:
+    with pytest.raises(InvalidInputError, match=r"expected held-out pairs of every concept.* got none of concept 0"):
+        tiny_run(patience=2)
+
+
+def test_principal_direction_is_the_axis_of_the_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    axes = orthonormalize(torch.randn(2, 16, generator=generator))
+    amounts = torch.tensor([[3.0, 1.0], [2.5, -1.2], [3.5, 1.1], [2.8, 0.9]])
+    negative = torch.randn(4, 1, 16, generator=generator)
+    positive = negative + (amounts @ axes)[:, None]
+    found = principal_direction(positive, negative, 2)
+    assert is_orthonormal(found)
+    _, _, expected = torch.linalg.svd(amounts.double(), full_matrices=False)
+    expected = (expected * (amounts.double().sum(0) @ expected.T).sign()[:, None]).float() @ axes
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InvalidInputError, match="at least 5 pairs"):
+        principal_direction(positive, negative, 5)
+    with pytest.raises(InvalidInputError, match="differences that span 3 directions"):
+        principal_direction(positive, negative, 3)
+    start = tiny_run(initial_direction="principal-direction", learning_rate=0.0, epochs=1).only
+    assert start.cache is not None
+    sources = start.cache.positive_sources, start.cache.negative_sources
+    torch.testing.assert_close(start.vector.direction, principal_direction(*sources))
 
 
 def test_several_concepts_have_vectors_of_their_own(tmp_path: Path) -> None:

@@ -95,8 +95,30 @@ class ConceptTraining:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.state.step >= self.total_steps
+        """Whether all steps are done, or the held-out loss has not fallen for too long."""
+        return self.state.step >= self.total_steps or self._is_out_of_patience
+
+    @property
+    def result(self) -> Tensor:
+        """The direction that the training has led to, (R, D): the last one, or with `patience` the best one."""
+        return self.state.direction if self.state.best is None else self.state.best
+
+    @property
+    def _held_out_losses(self) -> list[float]:
+        return [record.held_out_loss for record in self.records if record.held_out_loss is not None]
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        losses = self._held_out_losses
+        if self.config.patience is None or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
+
+    def _is_best(self, held_out_loss: float | None) -> bool:
+        """Whether the direction is to be kept for having a lower loss than all before."""
+        if self.config.patience is None or held_out_loss is None:
+            return False
+        return held_out_loss < min(self._held_out_losses, default=float("inf"))
 
     def batch(self) -> Batch:
         """The rows of the step after `state.step` others."""
@@ -135,7 +157,7 @@ class ConceptTraining:
         self._require_finite(step, batch, sums, gradient)
         self.direction.grad = gradient.clone()
         grad_norm = float(torch.nn.utils.clip_grad_norm_([self.direction], config.max_grad_norm))
-        learning_rate = config.learning_rate * (1 - step / self.total_steps)
+        learning_rate = config.rate(step, self.total_steps)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.direction.copy_(orthonormalize(self.direction))
@@ -145,6 +167,7 @@ class ConceptTraining:
         last = place == self.steps_per_epoch - 1
         due = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
         seconds += time.perf_counter() - started
+        held_out = evaluate(self.held_out, self.direction) if self.held_out and last and due else None
         record = StepRecord(
             step=step + 1,
             epoch=epoch + 1,
@@ -154,14 +177,12 @@ class ConceptTraining:
             tokens=batch.tokens,
             seconds=seconds,
             minibatch_losses=losses,
-            held_out_loss=evaluate(self.held_out, self.direction) if self.held_out and last and due else None,
+            held_out_loss=held_out,
         )
-        self.state = Checkpoint(
-            step + 1,
-            self.direction.cpu().clone(),
-            moments["exp_avg"].cpu().clone(),
-            moments["exp_avg_sq"].cpu().clone(),
-        )
+        state = (self.direction, moments["exp_avg"], moments["exp_avg_sq"])
+        direction, exp_avg, exp_avg_sq = (each.cpu().clone() for each in state)
+        best = direction.clone() if self._is_best(held_out) else self.state.best
+        self.state = Checkpoint(step + 1, direction, exp_avg, exp_avg_sq, best=best)
         self.records.append(record)
         return StepInfo(self.concept_id, record, gradient.cpu(), self.state.direction)
 

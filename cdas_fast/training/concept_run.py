@@ -26,7 +26,13 @@ from cdas_fast.training.activation_store import ActivationStore
 from cdas_fast.training.cache import ActivationCache, build_cache, cache_identity, rows_prefix
 from cdas_fast.training.concept import ConceptTraining
 from cdas_fast.training.config import TrainingConfig
-from cdas_fast.training.directions import difference_in_means, is_orthonormal, orthonormalize, random_direction
+from cdas_fast.training.directions import (
+    difference_in_means,
+    is_orthonormal,
+    orthonormalize,
+    principal_direction,
+    random_direction,
+)
 from cdas_fast.training.objective import DivergenceObjective
 from cdas_fast.training.run_folder import ACTIVATIONS, Checkpoint, RunFolder, StepRecord
 
@@ -218,7 +224,7 @@ class ConceptRun:
         """Write report and artifact, and let the activations go."""
         training = self.training
         assert training is not None
-        direction, cache = training.state.direction, training.cache
+        direction, cache = training.result, training.cache
         projections = [sources.float() @ direction.T for sources in (cache.positive_sources, cache.negative_sources)]
         vector = self._vector(direction, *map(Factors.from_projections, projections))
         result = ConceptResult(
@@ -261,6 +267,8 @@ class ConceptRun:
                 return given.clone() if is_orthonormal(given) else orthonormalize(given)
             case "difference-in-means":
                 return difference_in_means(cache.positive_sources, cache.negative_sources, config.rank, config.seed)
+            case "principal-direction":
+                return principal_direction(cache.positive_sources, cache.negative_sources, config.rank)
             case _:
                 return random_direction(config.rank, width, config.seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,8 @@ from cdas_fast.models.packed import Packing
 from cdas_fast.ops.implementation import Implementation
 from cdas_fast.storage import sha256_of
 
-InitialDirection = Tensor | Literal["random", "difference-in-means"]
+InitialDirection = Tensor | Literal["random", "difference-in-means", "principal-direction"]
+Schedule = Literal["linear", "cosine"]
 Reduction = Literal["sequence", "token"]
 
 
@@ -29,8 +31,11 @@ class TrainingConfig:
         rank: rows of the direction, kept orthonormal.
         epochs: passes over the pairs.
         batch_size: pairs per step; each pair is one sequence per direction.
-        learning_rate: peak rate of AdamW; it decays linearly to 0. With 0 the losses are measured and nothing is
-            learnt.
+        learning_rate: peak rate of AdamW. With 0 the losses are measured and nothing is learnt.
+        schedule: how the rate decays to 0 after the warm-up, `linear` or as half a `cosine`.
+        warmup_steps: steps over which the rate rises linearly to its peak.
+        patience: stop when the held-out loss has not fallen for so many evaluations, and keep the direction of the
+            lowest one; None trains to the end and keeps the last direction.
         reduction: `sequence` averages the divergence over each response, then over the sequences of the step; `token`
             over all response tokens of a minibatch, then over the minibatches of the step (a batch of b pairs in both
             directions is two minibatches of b sequences), as the published code does.
@@ -39,8 +44,8 @@ class TrainingConfig:
         max_examples: keep the first so many pairs of each concept.
         shuffle: draw a new order of the pairs in each epoch.
         seed: of the initial direction and of the shuffling.
-        initial_direction: `random`, `difference-in-means`, or a tensor (rank, D), whose rows are made orthonormal if
-            they are not.
+        initial_direction: `random`, `difference-in-means`, `principal-direction` (see `cdas_fast.training.directions`),
+            or a tensor (rank, D), whose rows are made orthonormal if they are not.
         beta: weight of the target in the divergence, see `linear_jsd`.
         max_grad_norm: the gradient is clipped to this norm.
         betas: decay rates of AdamW's moments.
@@ -65,6 +70,9 @@ class TrainingConfig:
     epochs: int = 18
     batch_size: int = 8
     learning_rate: float = 0.04
+    schedule: Schedule = "linear"
+    warmup_steps: int = 0
+    patience: int | None = None
     reduction: Reduction = "sequence"
     directions: Directions = "both"
     max_output_tokens: int | None = 128
@@ -101,15 +109,18 @@ class TrainingConfig:
             "micro_batch_tokens",
             "checkpoint_every",
             "evaluate_every",
+            "patience",
         ):
             value = getattr(self, name)
-            optional = name in ("max_output_tokens", "max_examples", "concepts_together")
+            optional = name in ("max_output_tokens", "max_examples", "concepts_together", "patience")
             if not (value is None and optional) and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise InvalidInputError(expected_got(name, "an integer of at least 1", repr(value)))
         for name, fits, wanted in (
             ("learning_rate", 0 <= self.learning_rate < float("inf"), "a finite number of at least 0"),
+            ("schedule", self.schedule in ("linear", "cosine"), "linear or cosine"),
+            ("warmup_steps", isinstance(self.warmup_steps, int) and self.warmup_steps >= 0, "an integer of at least 0"),
             ("reduction", self.reduction in ("sequence", "token"), "sequence or token"),
             ("packing", self.packing in ("auto", "packed", "padded"), "auto, packed or padded"),
             ("directions", self.directions in ("both", "positive", "negative"), "both, positive or negative"),
@@ -124,14 +135,23 @@ class TrainingConfig:
         if not isinstance(self.initial_direction, Tensor) and self.initial_direction not in (
             "random",
             "difference-in-means",
+            "principal-direction",
         ):
-            wanted = "random, difference-in-means or a tensor"
+            wanted = "random, difference-in-means, principal-direction or a tensor"
             raise InvalidInputError(expected_got("initial_direction", wanted, repr(self.initial_direction)))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers, ascending."""
         return (self.layer,) if isinstance(self.layer, int) else tuple(sorted(self.layer))
+
+    def rate(self, step: int, total_steps: int) -> float:
+        """Learning rate of the step after `step` others."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.learning_rate * left
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values; an initial direction given as a tensor is named by its hash."""

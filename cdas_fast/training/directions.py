@@ -59,3 +59,34 @@ def difference_in_means(positive: Tensor, negative: Tensor, rank: int = 1, seed:
         return first
     others = random_direction(rank - 1, first.shape[1], seed).to(first)
     return torch.cat([first, orthonormalize(others - (others @ first.T) @ first)])
+
+
+def principal_direction(positive: Tensor, negative: Tensor, rank: int = 1) -> Tensor:
+    """Directions along which the source activations of the two prompts of a pair differ most.
+
+        d_i = h_positive,i - h_negative,i;  the rows are the first right singular vectors of (d_1; d_2; ...), uncentred
+
+    Args:
+        positive: source activations (pairs, layers, D); each pair and layer is a difference.
+        negative: the same of the negative prompts.
+        rank: how many; each points to where its differences sum to more than 0.
+
+    Returns:
+        (rank, D) float32, orthonormal.
+
+    Raises:
+        InvalidInputError: fewer differences than `rank`, or dependent ones.
+
+    Source: Zou et al., "Representation Engineering" (2023), whose reading vectors are these with rank 1.
+    """
+    differences = (positive.float() - negative.float()).flatten(0, 1)
+    if min(differences.shape) < rank:
+        wanted = f"at least {rank} pairs for a principal direction of that rank"
+        raise InvalidInputError(expected_got("initial_direction", wanted, f"{len(differences)} differences"))
+    _, singular, components = torch.linalg.svd(differences, full_matrices=False)
+    if not singular[rank - 1] > 1e-6 * singular[0]:
+        wanted = f"differences that span {rank} directions"
+        raise InvalidInputError(expected_got("initial_direction", wanted, f"singular values {singular.tolist()[:8]}"))
+    rows = components[:rank]
+    signs = (differences.sum(0) @ rows.T).sign()
+    return orthonormalize(rows * torch.where(signs == 0, 1.0, signs)[:, None])

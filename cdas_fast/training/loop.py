@@ -119,6 +119,11 @@ def train(
     held_out = None if validation is None else ContrastivePairs.from_any(validation)
     if resume and output_dir is None:
         raise InvalidInputError(expected_got("resume", "an output_dir to resume in", "none"))
+    if config.patience is not None:
+        measured = () if held_out is None else held_out.concept_ids
+        if without := [concept_id for concept_id in pairs.concept_ids if concept_id not in measured]:
+            wanted = "held-out pairs of every concept, as patience needs them"
+            raise InvalidInputError(expected_got("validation", wanted, f"none of concept {without[0]}"))
     several = len(pairs.concept_ids) > 1
     sizes = {concept_id: len(pairs.of_concept(concept_id)) for concept_id in pairs.concept_ids}
     own = list(sizes) if processes is None else processes.share(sizes)

@@ -62,6 +62,7 @@ class Checkpoint:
     exp_avg_sq: Tensor
     round: int = 0  # of the run's steps over all concepts
     company: str = ""  # hash of the concepts that the run trains, and of how many at a time
+    best: Tensor | None = None  # (R, D), the direction with the lowest held-out loss, if the run may stop early
 
 
 def refuse_used_folder(path: str | os.PathLike[str]) -> None:
@@ -121,7 +122,8 @@ class RunFolder:
         if log.exists():
             with log.open("ab") as file:
                 os.fsync(file.fileno())
-        tensors = {name: getattr(checkpoint, name) for name in ("direction", "exp_avg", "exp_avg_sq")}
+        names = ("direction", "exp_avg", "exp_avg_sq", *(() if checkpoint.best is None else ("best",)))
+        tensors = {name: getattr(checkpoint, name) for name in names}
         metadata = {
             "step": str(checkpoint.step),
             "round": str(checkpoint.round),
@@ -179,7 +181,7 @@ class RunFolder:
             identity, step = json.loads(metadata["identity"]), int(metadata["step"])
             round_, company = int(metadata["round"]), metadata["company"]
             state = (tensors["direction"], tensors["exp_avg"], tensors["exp_avg_sq"])
-            checkpoint = Checkpoint(step, *state, round_, company)
+            checkpoint = Checkpoint(step, *state, round_, company, tensors.get("best"))
         except (KeyError, ValueError) as error:
             raise StorageError(
                 expected_got(str(path), "a checkpoint of this program", f"one without {error}")
