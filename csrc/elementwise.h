@@ -1,9 +1,11 @@
-// RMS norm of rows, and the gated activation of an MLP.
+// RMS norm of rows, the gated activation of an MLP, and rotary position embedding.
 //
 //     norm       n = x / sqrt(mean(x^2) + eps),  y = factor n
 //                u = factor dy,  dx = (u - n mean(u n)) / sqrt(mean(x^2) + eps)
 //     gated      y = f(gate) up,  f(g) = g s(p(g)),  s(p) = 1 / (1 + exp(-p))
 //                dgate = f'(gate) up dy,  dup = f(gate) dy,  f'(g) = s + g s (1 - s) p'(g)
+//     rotary     y_1 = x_1 cos_1 - x_2 sin_1,  y_2 = x_2 cos_2 + x_1 sin_2  for the halves of a head,
+//                each product rounded to the dtype
 //
 // p(g) = g is SiLU. p(g) = 2 sqrt(2 / pi) (g + 0.044715 g^3) is the tanh approximation of GELU, as 1 + tanh(z) = 2 s(2 z).
 // Nothing is kept for the backward pass but the arguments: a norm's mean is found anew in the sweep that finds mean(u n).
@@ -181,6 +183,38 @@ template <typename Storage> class GatedActivation {
   }
 
   const CdasGatedActivation& a;
+};
+
+template <typename Storage> class Rotary {
+  using T = typename Storage::Math;
+  using S = typename Storage::Stored;
+
+ public:
+  explicit Rotary(const CdasRotary& args) : a(args) {}
+
+  void run() const {
+    const int64_t half = a.width / 2;
+    for_rows(a.rows, a.heads * a.width, a.threads, [&](int64_t row) {
+      const S *const cos = row_of<S>(a.cos, row), *const sin = row_of<S>(a.sin, row), *const first = row_of<S>(a.x, row);
+      for (int64_t head = 0; head < a.heads; ++head) {
+        const S* const x = first + head * a.head_stride;
+        S* const out = static_cast<S*>(a.out) + (row * a.heads + head) * a.width;
+        for_vectors<T>(half, [&](int64_t d, int64_t count) __attribute__((always_inline)) {
+          const int64_t e = half + d;
+          const Vec<T> low = read<Storage>(x + d, count), high = read<Storage>(x + e, count);
+          const Vec<T> low_cos = Storage::round(low * read<Storage>(cos + d, count));
+          const Vec<T> high_sin = Storage::round(high * read<Storage>(sin + d, count));
+          const Vec<T> high_cos = Storage::round(high * read<Storage>(cos + e, count));
+          const Vec<T> low_sin = Storage::round(low * read<Storage>(sin + e, count));
+          write<Storage>(out + d, low_cos - high_sin, count);
+          write<Storage>(out + e, high_cos + low_sin, count);
+        });
+      }
+    });
+  }
+
+ private:
+  const CdasRotary& a;
 };
 
 }  // namespace CDAS_ISA

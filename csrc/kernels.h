@@ -114,6 +114,16 @@ struct CdasGatedActivation {
   int32_t activation, dtype, threads;
 };
 
+// Rotary position embedding, see elementwise.h. All have one dtype.
+struct CdasRotary {
+  int64_t rows, heads, width;  // tokens by heads by columns, the latter even
+  CdasRows x;                  // {rows, width}, of the first head
+  int64_t head_stride;
+  CdasRows cos, sin;  // {rows, width}
+  void* out;          // {rows, heads, width}, contiguous
+  int32_t dtype, threads;
+};
+
 struct CdasKernels {
   int64_t (*head_loss_rows)(int32_t dtype);  // rows that are done as one; fewer are best a multiple of a quarter of them
   int64_t (*head_loss_workspace)(const CdasHeadLoss*);
@@ -128,4 +138,5 @@ struct CdasKernels {
   void (*rms_norm_backward)(const CdasRmsNorm*);
   void (*gated_activation_forward)(const CdasGatedActivation*);
   void (*gated_activation_backward)(const CdasGatedActivation*);
+  void (*rotary)(const CdasRotary*);
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,7 @@ from cdas_fast.models.fused import Fused, find_fused
 from cdas_fast.models.structure import frozen
 from cdas_fast.ops import cpu_library
 from cdas_fast.ops.implementation import Implementation
+from cdas_fast.ops.rotary_embedding import rotary_embedding
 
 LAYERS = 5
 NORMS = {"gemma2": 4, "gemma3": 6, "qwen3": 4, "olmo2": 4}  # of a layer; two elsewhere
@@ -66,7 +69,7 @@ def test_outputs_and_gradients_stay(name: str, impl: Any) -> None:
         expected = run(decoder)
         with fused_elementwise(decoder, impl) as fused:
             ours = run(decoder)
-            assert len(forwards(decoder)) == fused.norms + fused.mlps + fused.linears
+            assert len(forwards(decoder)) == fused.norms + fused.mlps + fused.rotaries + fused.linears
         again = run(decoder)
     assert fused == Fused(norms=LAYERS * NORMS.get(name, 2) + 1, mlps=LAYERS, left_alone=())
     assert not torch.equal(ours[1], expected[1]), "else nothing else has run"
@@ -148,6 +151,56 @@ def test_odd_classes_are_left_alone(odd: type[nn.Module], dtype: torch.dtype) ->
         assert fused.left_alone == (odd.__name__,)
         assert (fused.norms, fused.mlps) == ((11, 4) if changed is layer.mlp else (10, 5))
         assert "forward" not in vars(changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_runs_itself_with_the_fused_rotation(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rotated: list[tuple[int, ...]] = []
+
+    def noting(query: Tensor, *args: Any, **options: Any) -> Any:
+        rotated.append(tuple(query.shape))
+        return rotary_embedding(query, *args, **options)
+
+    monkeypatch.setattr(fused_module, "rotary_embedding", noting)
+    decoder = inspect_decoder(tiny_model(name, dtype=dtype).requires_grad_(False))
+    attention: Any = decoder.layers[2]
+    modeling = sys.modules[type(attention.self_attn).__module__]
+    before = dict(vars(modeling))
+    with fused_elementwise(decoder, "reference") as fused:
+        assert fused.rotaries == LAYERS
+        del rotated[:]
+        run(decoder)
+        # OLMo 2 keeps tables in float32 beside activations in 16 bits, which its own function is left to
+        assert rotated == [(2, 4, 9, 8)] * (0 if (name, dtype) == ("olmo2", torch.bfloat16) else LAYERS - 1)
+        assert vars(modeling) == before
+    count = len(rotated)
+    run(decoder)
+    assert len(rotated) == count
+
+
+@pytest.mark.parametrize("what", ["another_function", "no_function", "a_wrapped_forward", "a_hook"])
+def test_other_attention_is_left_alone(what: str, llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = llama.layers[1]
+    kind = type(layer.self_attn)
+    modeling = sys.modules[kind.__module__]
+    own = modeling.apply_rotary_pos_emb
+    expected = 0
+    match what:
+        case "another_function":
+            monkeypatch.setattr(
+                modeling, "apply_rotary_pos_emb", lambda *args: tuple(1.1 * each for each in own(*args))
+            )
+        case "no_function":
+            monkeypatch.setattr(modeling, "apply_rotary_pos_emb", None)
+        case "a_wrapped_forward":
+            monkeypatch.setattr(kind, "forward", functools.wraps(kind.forward)(lambda self, *args, **kwargs: None))
+        case _:
+            layer.self_attn.register_forward_hook(lambda *_: None)
+            expected = LAYERS - 1
+    assert find_fused(llama, "reference").rotaries == expected
 
 
 def test_what_others_have_changed_is_left_alone(llama: Decoder) -> None:

@@ -146,6 +146,15 @@ def samples() -> list[Any]:
             (x.hidden, *torch.randn(4, 2 * WIDTH).bfloat16().chunk(2, -1), "silu", *needs, "reference")
             for needs in ((True, True), (True, False), (False, True))
         ],
+        "rotary_embedding": [
+            (leaf(torch.randn(2, 4, 3, 6)), leaf(torch.randn(2, 1, 3, 6)), *torch.randn(2, 1, 3, 6), "reference"),
+            (
+                torch.randn(2, 3, 4, 6).transpose(1, 2),
+                leaf(torch.randn(2, 1, 3, 6)),
+                *torch.randn(2, 2, 3, 6),
+                "reference",
+            ),
+        ],
         "packed_attention": [
             (*map(leaf, queries), *constants, 0.5, 0.0, 0, "reference"),
             (queries[0].mT.contiguous().mT, *map(leaf, queries[1:]), *constants, 0.5, 2.0, 3, "reference"),

@@ -1,8 +1,9 @@
 """RMS norms and gated MLPs of a frozen decoder by the fused ops, which make fewer passes over memory than the modules.
 
 A module is known by its structure, and is replaced only if it does what the op does: once for each kind of module, both
-are run on random inputs, and their values and the gradients of the input compared. Linear maps, which need no such
-trial, go to another library where that is faster.
+are run on random inputs, and their values and the gradients of the input compared. The rotary embedding, a function and
+no module, is compared likewise; an attention then runs its own forward pass with the op in the function's place. Linear
+maps, which need no trial, go to another library where that is faster.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,9 +24,11 @@ from cdas_fast.ops.frozen_linear import frozen_linear, onednn_is_faster
 from cdas_fast.ops.gated_activation import Activation, gated_activation
 from cdas_fast.ops.implementation import Implementation, choose_implementation, without_autocast
 from cdas_fast.ops.rms_norm import rms_norm
+from cdas_fast.ops.rotary_embedding import rotary_embedding
 
 Forward = Callable[..., Any]
 Function = Callable[[nn.Module, Tensor], Tensor]  # what a kind of module computes, of a module and its input
+Rotation = Callable[..., tuple[Tensor, Tensor]]  # of queries and keys, by two tables
 
 RMS_NORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, round_normalized
 
@@ -49,6 +53,7 @@ class Fused:
     mlps: int
     left_alone: tuple[str, ...]  # classes of the other norms and MLPs, in alphabetical order
     forwards: Mapping[nn.Module, Forward] = field(default_factory=dict, repr=False, compare=False)
+    rotaries: int = field(default=0, compare=False)  # attentions whose rotary embedding is `rotary_embedding`
     linears: int = field(default=0, compare=False)  # linear maps by `frozen_linear`: none on most machines
     ending: Ending | None = field(default=None, repr=False, compare=False)
 
@@ -102,13 +107,19 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
     chosen = choose_implementation("find_fused", impl, decoder.device, has_triton=False)
     kinds: dict[Hashable, Function | None] = {}
     forwards: dict[nn.Module, Forward] = {}
-    norms, mlps, linears = 0, 0, 0
+    rotations: dict[Rotation, Rotation | None] = {}
+    norms, mlps, rotaries, linears = 0, 0, 0, 0
     left_alone = set()
     by_onednn = chosen == "cpp" and onednn_is_faster(decoder.device)
     for module in _modules(decoder):
         if by_onednn and type(module) is nn.Linear and module.weight.dtype == torch.float32 and not _is_changed(module):
             forwards[module] = _forward_of(module, _linear)
             linears += 1
+        if not (impl == "auto" and chosen == "reference") and not _is_changed(module):
+            with_rotary = _with_rotary(module, impl, rotations)
+            if with_rotary is not None:
+                forwards[module] = with_rotary
+                rotaries += 1
         is_norm = type(module).__name__.endswith("Norm")
         if not is_norm and not hasattr(module, "down_proj"):
             continue
@@ -123,7 +134,7 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
         else:
             forwards[module] = _forward_of(module, function)
             norms, mlps = norms + is_norm, mlps + (not is_norm)
-    return Fused(norms, mlps, tuple(sorted(left_alone)), forwards, linears, _find_ending(decoder, forwards))
+    return Fused(norms, mlps, tuple(sorted(left_alone)), forwards, rotaries, linears, _find_ending(decoder, forwards))
 
 
 def _find_ending(decoder: Decoder, forwards: Mapping[nn.Module, Forward]) -> Ending:
@@ -135,7 +146,7 @@ def _find_ending(decoder: Decoder, forwards: Mapping[nn.Module, Forward]) -> End
         if type(projection) is nn.Linear:
             narrowed.append(projection)
         inner = [each for name, each in child.named_children() if name.endswith("_proj")]
-        if child in forwards and inner and all(type(each) is nn.Linear for each in inner):
+        if child in forwards and hasattr(child, "down_proj") and all(type(each) is nn.Linear for each in inner):
             narrowed.append(child)
     return Ending(tuple(narrowed), (*last.modules(), *decoder.stack.children()))
 
@@ -255,6 +266,53 @@ def _mlp_function(module: nn.Module, impl: Implementation) -> Function | None:
     x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)).to(like)
     expected, ours = _results(type(module).forward, module, x), _results(function, module, x)
     return function if expected is not None and ours is not None and _agree(ours, expected) else None
+
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def _with_rotary(module: nn.Module, impl: Implementation, known: dict[Rotation, Rotation | None]) -> Forward | None:
+    """The module's own forward with `rotary_embedding` for what transformers calls so; None if it calls no such thing.
+
+    The copy of its code looks names up in a copy of the modeling module's: no other model that shares it is affected.
+    """
+    own = type(module).forward
+    if not isinstance(own, FunctionType) or hasattr(own, "__wrapped__") or _ROTARY not in own.__code__.co_names:
+        return None
+    function = own.__globals__.get(_ROTARY)
+    like = next((each for each in module.parameters() if each.is_floating_point()), None)
+    if not callable(function) or like is None:
+        return None
+    if function not in known:
+        known[function] = _rotary_function(function, like, impl)
+    rotary = known[function]
+    if rotary is None:
+        return None
+    copied = FunctionType(
+        own.__code__, {**own.__globals__, _ROTARY: rotary}, own.__name__, own.__defaults__, own.__closure__
+    )
+    copied.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(copied, module)
+
+
+def _rotary_function(own: Rotation, like: Tensor, impl: Implementation) -> Rotation | None:
+    """What transformers rotates queries and keys by, as `rotary_embedding`; None if it does something else."""
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tensors = (query, key, cos, sin)
+        fits = query.dim() == key.dim() == 4 and cos.dim() == 3 and all(each.dtype == query.dtype for each in tensors)
+        if args or kwargs or not fits or cos.shape[-1] != query.shape[-1] or query.device != like.device:
+            return own(*tensors, *args, **kwargs)
+        return rotary_embedding(*tensors, impl=impl)
+
+    generator = torch.Generator().manual_seed(0)
+    x, cos, sin = (torch.randn(shape, generator=generator).to(like) for shape in ((2, 3, 5, 16), *[(2, 5, 16)] * 2))
+
+    def of(rotation: Rotation) -> Function:
+        return lambda _, x: torch.cat(rotation(x, x[:, 1:2], cos, sin), 1)
+
+    expected, ours = (_results(of(rotation), nn.Identity(), x) for rotation in (own, rotate))
+    return rotate if expected is not None and ours is not None and _agree(ours, expected) else None
 
 
 def _activation(function: Any, device: torch.device) -> Activation | None:

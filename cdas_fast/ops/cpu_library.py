@@ -115,6 +115,19 @@ class GatedActivation(ctypes.Structure):
     )
 
 
+class Rotary(ctypes.Structure):
+    """`CdasRotary` of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "heads", "width")),
+        ("x", Rows),
+        ("head_stride", c_int64),
+        *((name, Rows) for name in ("cos", "sin")),
+        ("out", c_void_p),
+        *((name, c_int32) for name in ("dtype", "threads")),
+    )
+
+
 def available() -> bool:
     """Whether the library was built and can be loaded."""
     return _file() is not None
@@ -175,6 +188,7 @@ def load() -> ctypes.CDLL:
         ("cdas_rms_norm_backward", None, (POINTER(RmsNorm),)),
         ("cdas_gated_activation_forward", None, (POINTER(GatedActivation),)),
         ("cdas_gated_activation_backward", None, (POINTER(GatedActivation),)),
+        ("cdas_rotary", None, (POINTER(Rotary),)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = restype, argtypes

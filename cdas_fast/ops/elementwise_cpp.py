@@ -1,4 +1,4 @@
-"""RMS norm and gated activation on a CPU by the compiled kernels; see csrc/elementwise.h for what happens inside."""
+"""RMS norm, gated activation and rotary embedding on a CPU by the compiled kernels of csrc/elementwise.h."""
 
 from __future__ import annotations
 
@@ -47,6 +47,31 @@ def gated_activation_backward(
     grad_up = call.result("grad_up", up) if need_up else None
     call.run("cdas_gated_activation_backward", gate=gate, up=up, grad_out=grad_out)
     return grad_gate, grad_up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `Functions` in rotary_embedding.py."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, heads, tokens, width = x.shape
+    out = cpu_library.in_huge_pages(x.new_empty(batch, tokens, heads, width))
+    tables = [each.expand(batch, tokens, width) for each in (cos, sin)]
+    tables = [each if each.stride(-1) == 1 else each.contiguous() for each in tables]
+    arguments = cpu_library.Rotary(
+        rows=batch * tokens,
+        heads=heads,
+        width=width,
+        x=cpu_library.Rows(x.data_ptr(), max(tokens, 1), x.stride(2), x.stride(0)),
+        head_stride=x.stride(1),
+        **{
+            name: cpu_library.Rows(each.data_ptr(), max(tokens, 1), each.stride(1), each.stride(0))
+            for name, each in zip(("cos", "sin"), tables, strict=True)
+        },
+        out=out.data_ptr(),
+        dtype=cpu_library.DTYPES[x.dtype],
+        threads=torch.get_num_threads(),
+    )
+    cpu_library.load().cdas_rotary(ctypes.byref(arguments))
+    return out.transpose(1, 2)
 
 
 class _Call:
