@@ -132,12 +132,14 @@ class Work:
         self.decoder: Decoder = inspect_decoder(tiny_model(**model))
         self.runner: Runner = make_runner(self.decoder, rows_prefix([self.rows], self.rows.prefix_length), packing)
         self.folder, self.passes = folder, 0
+        self.batches: list[Any] = []  # what each pass was given
         self.before_pass: Callable[[int], None] = lambda number: None
         own = self.runner.capture
 
         def capture(*args: Any, **options: Any) -> Any:
             self.before_pass(self.passes)
             self.passes += 1
+            self.batches.append((args, options))
             return own(*args, **options)
 
         self.runner.capture = capture  # type: ignore[method-assign]
@@ -147,7 +149,7 @@ class Work:
 
     def build(self, store: ActivationStore | None, **settings: Any) -> ActivationCache:
         """The cache; `passes` says how many it took."""
-        self.passes = 0
+        self.passes, self.batches = 0, []
         settings = {"micro_batch_tokens": BATCH_TOKENS, "rows": self.rows, **settings}
         return build_cache(self.decoder, settings.pop("rows"), LAYERS, runner=self.runner, store=store, **settings)
 
@@ -212,19 +214,22 @@ def test_interrupted_pass_ends_with_the_same_bits(packing: Any, twice: bool, tmp
         assert all_bits(work.store()) == all_bits(whole.store())
 
 
-@pytest.mark.parametrize("place", [0, 7, 13, -1])
+@pytest.mark.parametrize("place", [0, 7, 13, -2])
 def test_missing_entry_runs_its_whole_batch_alone(place: int, tmp_path: Path) -> None:
     work = Work(tmp_path)
     expected = work.build(None)
     store = work.store()
     work.build(store)
+    batches = work.batches
     (index,) = store.path.glob("*.jsonl")
     broken = json.loads(index.read_text().splitlines()[place])
     data = bytearray(index.with_suffix(".bin").read_bytes())
     data[next(iter(broken["tensors"].values()))["offset"]] ^= 1
     index.with_suffix(".bin").write_bytes(data)
     assert_same_bits(work.build(work.store()), expected)
-    assert work.passes == 1
+    (batch,) = work.batches
+    assert batch in batches
+    assert len(batch[0][0]) > 1
     (added,) = (path for path in store.path.glob("*.jsonl") if path != index)
     assert [json.loads(line)["key"] for line in added.read_text().splitlines()] == [broken["key"]]
     assert_same_bits(work.build(work.store()), expected)
@@ -346,6 +351,12 @@ def test_too_little_room_is_found_before_the_first_pass(monkeypatch: pytest.Monk
     with pytest.raises(StorageError, match=r"MiB free for cached activations, got 0 MiB\. Free some space"):
         work.build(work.store())
     assert work.passes == 0
+    free += 1
+    work.interrupt(3)
+    found = [work.store().get(key) or {} for key in all_bits(work.store())]
+    free -= sum(tensor.nbytes for entry in found for tensor in entry.values()) + 1
+    with pytest.raises(StorageError, match=r"MiB free for cached activations, got 0 MiB\. Free some space"):
+        work.build(work.store())
     free += 1
     work.build(work.store())
     free = 0
