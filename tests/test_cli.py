@@ -15,8 +15,10 @@ import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_runs import PAIRS
 
+import cdas_fast
 from cdas_fast import SteeringVector
 from cdas_fast.cli import build_parser, main
+from cdas_fast.errors import InvalidInputError
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +241,39 @@ def test_demo_steers_both_ways(embedded: tuple[Any, Any], tmp_path: Path, capsys
     assert "Answers" in report
     assert SteeringVector.from_pretrained(tmp_path / "demo").positive is not None
     assert os.path.getsize(tmp_path / "demo" / "report.html") < 2**20
+
+
+def test_preset_is_what_is_not_given_otherwise(train_arguments: list[str], tmp_path: Path) -> None:
+    place = train_arguments.index("--epochs")
+    without = [*train_arguments[:place], *train_arguments[place + 2 :], "--learning-rate", "0.01"]
+    assert main([*without, "--preset", "fast"]) == 0
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["metadata"]["settings"]
+    assert settings["learning_rate"] == 0.01
+    assert settings["batch_size"] == 2
+    expected = cdas_fast.TrainingConfig.preset("fast", layer=1).to_dict()
+    assert expected != cdas_fast.TrainingConfig(layer=1).to_dict()
+    for name in ("epochs", "schedule", "warmup_steps", "betas", "initial_direction"):
+        assert settings[name] == expected[name]
+
+
+def test_published_preset_is_the_default() -> None:
+    assert cdas_fast.TrainingConfig.preset("published", layer=3) == cdas_fast.TrainingConfig(layer=3)
+    with pytest.raises(InvalidInputError, match="preset: expected published or fast, got 'quick'"):
+        cdas_fast.TrainingConfig.preset("quick", layer=3)
+
+
+def test_concepts_are_described_in_a_line_each(
+    train_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [
+        {**record, "concept_id": concept, "concept": f"the sea, {concept}"}
+        for concept in range(5)
+        for record in PAIRS[:2].to_records()
+    ]
+    train_arguments[4] = str(cdas_fast.ContrastivePairs.from_records(records).to_file(tmp_path / "many.jsonl"))
+    assert main([*train_arguments, "--concepts-together", "2", "--activations", str(tmp_path / "kept")]) == 0
+    out = capsys.readouterr().out
+    assert [out.count(f"Concept {concept}: the sea, {concept}: ") for concept in range(5)] == [1] * 5
+    assert "nats in 2 steps" in out
+    assert "Try it" not in out
+    assert len(list((tmp_path / "kept").iterdir())) == 1
