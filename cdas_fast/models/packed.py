@@ -145,6 +145,7 @@ class PackedRunner:
         _register()
         self.decoder, self.prefix_ids, self._impl = decoder, tuple(prefix_ids), impl
         self._fused = find_fused(decoder, impl)
+        self._configs = _attention_configs(decoder)
         self._prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values
         if self.prefix_ids:
             starts = Rows((len(self.prefix_ids),), 0).starts
@@ -197,7 +198,7 @@ class PackedRunner:
         self, starts: Tensor, layers: range, *, keeps: bool = False, read: Tensor | None = None
     ) -> Iterator[None]:
         attention = _Attention(starts, {} if keeps else self._prefix, self._prefix if keeps else None, self._impl)
-        with self._fused.applied(read), attention.of(self.decoder, layers):
+        with self._fused.applied(read), attention.of(self._configs, layers):
             yield
 
 
@@ -288,14 +289,12 @@ class _Attention:
     layers: set[int] = field(default_factory=set)  # those that came by
 
     @contextmanager
-    def of(self, decoder: Decoder, layers: range) -> Iterator[None]:
-        """Let the decoder attend so; each of the layers has to come by.
+    def of(self, configs: Sequence[Any], layers: range) -> Iterator[None]:
+        """Let the decoder of these configurations attend so; each of the layers has to come by.
 
         Raises:
             UnsupportedError: a layer has an attention of its own kind.
         """
-        found: Iterator[Any] = (getattr(module, "config", None) for module in decoder.stack.modules())
-        configs = list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
         own = [config._attn_implementation for config in configs]
         token = _current.set(self)
         try:
@@ -308,6 +307,12 @@ class _Attention:
                 config._attn_implementation = name
         if missing := sorted(set(layers) - self.layers):
             raise _unsupported("every layer to take its attention from transformers' AttentionInterface", missing)
+
+
+def _attention_configs(decoder: Decoder) -> list[Any]:
+    """The configurations that say which attention the decoder's modules take."""
+    found: Iterator[Any] = (getattr(module, "config", None) for module in decoder.stack.modules())
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
 
 
 _NAME = "cdas_fast_packed"

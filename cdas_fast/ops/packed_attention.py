@@ -298,7 +298,7 @@ def _check(
         raise InvalidInputError(expected_got("packed_attention: starts", "int64 of shape (B + 1,) on the CPU", got))
     if torch.compiler.is_compiling():
         return
-    ascending = starts.numel() and bool((starts.diff() >= 0).all())
-    if not ascending or int(starts[0]) != 0 or int(starts[-1]) != tokens:
+    places = starts.tolist()
+    if not places or places != sorted(places) or (places[0], places[-1]) != (0, tokens):
         wanted = f"ascending numbers from 0 to {tokens}, the number of tokens"
-        raise InvalidInputError(expected_got("packed_attention: starts", wanted, starts.tolist()))
+        raise InvalidInputError(expected_got("packed_attention: starts", wanted, places))
