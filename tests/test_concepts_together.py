@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import tiny_run
+from tiny_models import tiny_model, tiny_tokenizer
+from tiny_runs import tiny_config, tiny_run
 
+import cdas_fast
 from cdas_fast import ContrastivePair, ContrastivePairs, SteeringVector
+from cdas_fast.distributed.processes import Processes
 from cdas_fast.errors import InvalidInputError, NonFiniteError
 from cdas_fast.training import StepInfo
 from cdas_fast.training.cache import build_cache
@@ -196,6 +199,34 @@ def test_one_that_meets_a_nan_is_left_and_the_others_go_on(
     assert len(mended.concepts[3].history) == len(alone[3].history)
 
 
+def test_one_whose_activations_are_not_finite_is_left_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, alone: dict[int, Any]
+) -> None:
+    def broken(decoder: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(rows.positive_prompts) == SIZES[7]:
+            raise NonFiniteError("row: expected finite numbers, got NaN")
+        return build_cache(decoder, rows, *args, **kwargs)
+
+    monkeypatch.setattr("cdas_fast.training.concept_run.build_cache", broken)
+    result = tiny_run(pairs_of(), concepts_together=2, **SETTINGS)
+    assert list(result.failed) == [7]
+    assert list(result.concepts) == [3, 0, 2]
+    assert all(own.vector.cosine(alone[concept].vector) > 0.9999 for concept, own in result.concepts.items())
+    assert list(tiny_run(pairs_of({7: 4, 1: 4}), **SETTINGS).failed) == [7, 1], "none is left"
+    with pytest.raises(NonFiniteError, match="got NaN"):
+        tiny_run(pairs_of({7: 4}), **SETTINGS)
+
+
+def test_a_process_without_a_concept_does_nothing() -> None:
+    shares = [
+        cdas_fast.train(
+            tiny_model(), tiny_tokenizer(), pairs_of({5: 1, 8: 2}), tiny_config(), processes=Processes(rank, 3)
+        ).concepts
+        for rank in range(3)
+    ]
+    assert [list(share) for share in shares] == [[8], [5], []]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was left in peace."""
@@ -209,7 +240,10 @@ import os, signal, sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 from test_concepts_together import SETTINGS, pairs_of
-from tiny_runs import tiny_run
+from tiny_models import tiny_model, tiny_tokenizer
+from tiny_runs import tiny_config, tiny_run
+
+import cdas_fast
 from cdas_fast.training import concept_run, run_folder
 
 place, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -319,6 +353,7 @@ def test_common_round_is_the_last_that_all_hold() -> None:
         ([(1, 2), (1, 2, 3), (1, 9, 3)], (1,)),
         ([(1, 2, 3), (1, 2, 4), (1, 2, 3)], (1, 2)),
         ([(1,), ()], ()),
+        ([], ()),
     ],
 )
 def test_agreed_prefix(prefixes: list[tuple[int, ...]], expected: tuple[int, ...]) -> None:

@@ -241,3 +241,48 @@ def test_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(storage, "save_file", own)
     tiny_run(output_dir=tmp_path / "out", resume=True, **SETTINGS)
     assert_same_run(tmp_path / "out", uninterrupted)
+
+
+KILLED_WHILE_CACHING = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from tiny_runs import tiny_run
+from cdas_fast.models import packed
+from cdas_fast.training import cache
+
+cache.COMMIT_SECONDS = 0
+calls = 0
+for kind in (packed.PackedRunner, packed.PaddedRunner):
+    def counted(*args, own=kind.capture, **kwargs):
+        global calls
+        calls += 1
+        if calls == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(*args, **kwargs)
+    kind.capture = counted
+try:
+    tiny_run(output_dir=Path(sys.argv[2]), resume=True, micro_batch_tokens=60, checkpoint_every=2, rank=2)
+finally:
+    print(calls)
+"""
+
+
+def test_caching_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+
+    def run(kill_at: int, folder: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED_WHILE_CACHING, str(kill_at), str(tmp_path / folder)]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    whole = run(10**6, "whole")
+    assert whole.returncode == 0, whole.stderr
+    kill_at = int(whole.stdout) - 3
+    assert kill_at > 8
+    assert run(kill_at, "out").returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / ".activations").is_dir()
+    resumed = run(10**6, "out")
+    assert resumed.returncode == 0, resumed.stderr
+    assert int(resumed.stdout) <= int(whole.stdout) - kill_at + 4, "the trial of packing takes a few passes"
+    assert SteeringVector.from_pretrained(tmp_path / "out") == SteeringVector.from_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "out" / ".activations").exists()

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,9 +298,9 @@ class ConceptRun:
         )
 
 
-def agreed_prefix(prefixes: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """What all begin with."""
-    first, *others = prefixes
+def agreed_prefix(prefixes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """What all begin with; nothing if there are none."""
+    first, *others = prefixes or [()]
     length = len(first)
     for other in others:
         same = (place for place, (one, its) in enumerate(zip(first[:length], other, strict=False)) if one != its)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +125,8 @@ def train(
             wanted = "held-out pairs of every concept, as patience needs them"
             raise InvalidInputError(expected_got("validation", wanted, f"none of concept {without[0]}"))
     several = len(pairs.concept_ids) > 1
-    sizes = {concept_id: len(pairs.of_concept(concept_id)) for concept_id in pairs.concept_ids}
+    counts = Counter(pair.concept_id for pair in pairs)
+    sizes = {concept_id: counts[concept_id] for concept_id in pairs.concept_ids}
     own = list(sizes) if processes is None else processes.share(sizes)
     folders: dict[int, Path | None] = dict.fromkeys(own)
     if output_dir is not None:
@@ -152,7 +153,7 @@ def train(
                 its_held_out = held_out.of_concept(concept_id)
             its_pairs, folder = pairs.of_concept(concept_id), folders[concept_id]
             concepts.append(ConceptRun(context, concept_id, its_pairs, its_held_out, folder))
-        context.prefix_ids = agreed_prefix(concept.prefix_ids for concept in concepts)
+        context.prefix_ids = agreed_prefix([concept.prefix_ids for concept in concepts])
         schedule = _Schedule(context, concepts)
         schedule.run(resume, callback)
     results, failed = schedule.results, schedule.failed
@@ -211,7 +212,7 @@ class _Schedule:
             with bar:
                 while pending or self.active:
                     self._admit(pending, states)
-                    if self._end_finished():
+                    if self._end_finished() or not self.active:
                         continue  # there is room for others
                     infos = self._step()
                     for info in infos:
@@ -227,7 +228,11 @@ class _Schedule:
     def _admit(self, pending: deque[ConceptRun], states: Mapping[int, Checkpoint]) -> None:
         while pending and len(self.active) < self.limit:
             concept = pending.popleft()
-            concept.start(states.get(concept.concept_id), self.round, self.limit)
+            try:
+                concept.start(states.get(concept.concept_id), self.round, self.limit)
+            except NonFiniteError as error:
+                self.failed[concept.concept_id] = error
+                continue
             self.active.append(concept)
             concept.save(self.company, together=self.limit > 1)
 
