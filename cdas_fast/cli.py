@@ -182,6 +182,9 @@ def _add_train(commands: Any) -> None:
         metavar="DIR",
         help="keep cached activations there for later runs; default: in the output folder until the run is complete",
     )
+    train.add_argument(
+        "--recompute", action="store_true", help="run layers twice instead of keeping activations: less memory, slower"
+    )
     train.add_argument("--checkpoint-every", type=int, default=10, metavar="N", help="steps between checkpoints")
     train.add_argument("--evaluate-every", type=int, default=1, metavar="N", help="epochs between held-out losses")
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run in DIR stopped")
@@ -404,6 +407,7 @@ def _train(options: Any) -> None:
         source_tokens=options.source_tokens,
         clean_spaces=not options.keep_spaces,
         concepts_together=options.concepts_together,
+        recompute=options.recompute,
         checkpoint_every=options.checkpoint_every,
         evaluate_every=options.evaluate_every,
     )

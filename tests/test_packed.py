@@ -135,6 +135,52 @@ def test_positions_are_those_of_the_whole_suffix(name: str, edited: int | None, 
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
+@runners
+@pytest.mark.parametrize("edited", [None, LAYER + 1, 4], ids=["no_edit", "edit", "edit_of_the_last_layer"])
+@models
+def test_recomputed_layers_give_the_same_bits_and_keep_less(name: str, edited: int | None, runner_type: Any) -> None:
+    decoder = inspect_decoder(tiny_model(name))
+    decoder.model.requires_grad_(False)
+    runner = runner_type(decoder, PREFIX)
+    rows = Rows((9, 4, 6), len(PREFIX))
+    generator = torch.Generator().manual_seed(5)
+    given = torch.randn(19, decoder.hidden_size, generator=generator)
+    upstream = torch.randn(5, decoder.hidden_size, generator=generator)
+    results, kept, passes = [], [], []
+    for recompute in (False, True):
+        hidden, delta = given.clone().requires_grad_(), torch.full((decoder.hidden_size,), 0.1, requires_grad=True)
+        edits = {} if edited is None else {edited: lambda x, delta=delta: x + delta}
+        sizes: list[int] = []
+        calls = 0
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        def count(module: Any, args: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        handle = decoder.layers[LAYER + 2].get_submodule("self_attn").register_forward_pre_hook(count)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = runner.suffix(
+                LAYER, hidden, rows, edits=edits, positions=torch.tensor([8, 12, 15, 3, 17]), recompute=recompute
+            )
+        out.backward(upstream)
+        handle.remove()
+        gradients = [hidden.grad, *([] if edited is None else [delta.grad])]
+        results.append([out.detach(), *gradients])
+        kept.append(sum(sizes))
+        passes.append(calls)
+    for plain, again in zip(*results, strict=True):
+        assert plain is not None
+        assert again is not None
+        assert torch.equal(plain, again)
+    assert passes == [1, 2]
+    assert kept[1] < 0.5 * kept[0]
+    assert not any("forward" in module.__dict__ for module in decoder.model.modules())
+
+
 class RowsSeen(TorchFunctionMode):
     """Counts the rows that a linear map of a given weight is applied to."""
 

@@ -180,6 +180,23 @@ def test_micro_batches_do_not_change_the_result() -> None:
     torch.testing.assert_close(one.direction, many.direction, rtol=1e-4, atol=1e-5)
 
 
+def test_recomputed_layers_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cdas_fast.models import suffix
+
+    again = 0
+    own = suffix.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal again
+        again += 1
+        return own(*args, **kwargs)
+
+    plain = tiny_run(layer=[1, 3])
+    monkeypatch.setattr(suffix, "checkpoint", counted)
+    assert tiny_run(layer=[1, 3], recompute=True).vector == plain.vector
+    assert again == 9 * 3, "steps times the layers beyond the first"
+
+
 def test_where_activations_lie_changes_no_bit(tmp_path: Path) -> None:
     in_memory = tiny_run()
     in_files = tiny_run(cache_bytes=0)

@@ -15,7 +15,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -87,12 +87,13 @@ class Runner(Protocol):
         *,
         edits: Mapping[int, Edit] | None = None,
         positions: Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Final hidden states (N, D), after the final norm, when layer `layer` puts out `hidden` (N, D).
 
         Layers 0 to `layer` are not run. `edits` change the output (N, D) of later layers. With `positions` (M,), those
         of these tokens alone, (M, D) in that order; what the others end as may not be computed. Differentiable with
-        respect to `hidden` and to whatever the edits depend on.
+        respect to `hidden` and to whatever the edits depend on; with `recompute`, see `run_suffix`.
         """
 
 
@@ -174,6 +175,7 @@ class PackedRunner:
         *,
         edits: Mapping[int, Edit] | None = None,
         positions: Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """See `Runner`."""
 
@@ -183,6 +185,10 @@ class PackedRunner:
         edits, last = edits or {}, self.decoder.num_layers - 1
         read = None if positions is None else positions.to(hidden.device)
         narrow = None if read is None or last in edits else read.unique()  # an edit is shown every token's output
+
+        def again(layer: int) -> AbstractContextManager[None]:
+            return self._attention(rows.starts, range(layer, layer + 1), read=narrow)
+
         with self._attention(rows.starts, range(layer + 1, last + 1), read=narrow):
             final = run_suffix(
                 self.decoder,
@@ -190,6 +196,7 @@ class PackedRunner:
                 hidden[None],
                 position_ids=rows.positions[None].to(hidden.device),
                 edits={later: as_sequence(edit) for later, edit in edits.items()},
+                recompute=again if recompute else None,
             )[0]
         return final if read is None else final.index_select(0, read)
 
@@ -239,6 +246,7 @@ class PaddedRunner:
         *,
         edits: Mapping[int, Edit] | None = None,
         positions: Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """See `Runner`."""
         places, count = _places(rows).to(hidden.device), len(rows.lengths)
@@ -257,6 +265,7 @@ class PaddedRunner:
                 layer,
                 padded(hidden, around),
                 edits={later: on_padded(edit) for later, edit in (edits or {}).items()},
+                recompute=(lambda layer: self._fused.applied()) if recompute else None,
             )
         if positions is not None:
             places = places[positions.to(places.device)]

@@ -109,6 +109,7 @@ class RunContext:
             prefix_length=self.prefix_length,
             beta=self.config.beta,
             micro_batch_tokens=self.config.micro_batch_tokens,
+            recompute=self.config.recompute,
             impl=self.config.impl,
         )
 

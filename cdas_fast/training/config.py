@@ -80,6 +80,8 @@ class TrainingConfig:
         concepts_together: of several concepts, how many train at a time, their rows in the same micro-batches; None for
             as many as fill one. It bears on memory and speed; results differ by the rounding of products at most.
         micro_batch_tokens: tokens that go through the suffix at once, pads counted; bounds memory, not the result.
+        recompute: keep no activations of the layers for the backward pass, which runs them once more: a third of the
+            time more, for the memory of one hidden state a layer. It does not bear on the result.
         cache_bytes: without an output folder, activations are kept in memory up to this size, and in temporary
             memory-mapped files beyond it.
         checkpoint_every: steps between checkpoints.
@@ -112,6 +114,7 @@ class TrainingConfig:
     packing: Packing = "auto"
     concepts_together: int | None = None
     micro_batch_tokens: int = 4096
+    recompute: bool = False
     cache_bytes: int = 4 * 2**30
     checkpoint_every: int = 10
     evaluate_every: int = 1
@@ -202,6 +205,6 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, for telling whether a run may be resumed."""
         result = self.to_dict()
-        for name in ("cache_bytes", "checkpoint_every", "evaluate_every", "concepts_together"):
+        for name in ("cache_bytes", "checkpoint_every", "evaluate_every", "concepts_together", "recompute"):
             del result[name]
         return result

@@ -99,6 +99,7 @@ class DivergenceObjective:
         prefix_length: positions that are never intervened on.
         beta: weight of the target, see `linear_jsd`.
         micro_batch_tokens: tokens that go through the suffix at once, pads counted.
+        recompute: keep no activations for the backward pass, see `run_suffix`.
         impl: implementation of the ops.
 
     Raises:
@@ -114,6 +115,7 @@ class DivergenceObjective:
         prefix_length: int,
         beta: float = 0.5,
         micro_batch_tokens: int = 4096,
+        recompute: bool = False,
         impl: Implementation = "auto",
     ) -> None:
         if prefix_length < len(runner.prefix_ids):
@@ -125,6 +127,7 @@ class DivergenceObjective:
         self.prefix_length = prefix_length
         self.beta = beta
         self.micro_batch_tokens = micro_batch_tokens
+        self.recompute = recompute
         self.impl: Implementation = impl
 
     @torch.no_grad()
@@ -174,7 +177,9 @@ class DivergenceObjective:
                 layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(self.layers) if slot > 0
             }
             owners, predicting, target = self._responses(asked, batch)
-            final = self.runner.suffix(self.layers[0], edited, batch.rows, edits=edits, positions=predicting)
+            final = self.runner.suffix(
+                self.layers[0], edited, batch.rows, edits=edits, positions=predicting, recompute=self.recompute
+            )
             losses = linear_jsd(
                 final,
                 target,
