@@ -12,6 +12,7 @@ import torch
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 from tiny_runs import PAIRS, tiny_config, tiny_run
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import cdas_fast
 from cdas_fast.data.prompts import PromptFormat
@@ -181,10 +182,8 @@ def test_micro_batches_do_not_change_the_result() -> None:
 
 
 def test_recomputed_layers_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cdas_fast.models import suffix
-
     again = 0
-    own = suffix.checkpoint
+    own = checkpoint
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal again
@@ -192,7 +191,7 @@ def test_recomputed_layers_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
         return own(*args, **kwargs)
 
     plain = tiny_run(layer=[1, 3])
-    monkeypatch.setattr(suffix, "checkpoint", counted)
+    monkeypatch.setattr("cdas_fast.models.suffix.checkpoint", counted)
     assert tiny_run(layer=[1, 3], recompute=True).vector == plain.vector
     assert again == 9 * 3, "steps times the layers beyond the first"
 
@@ -456,6 +455,24 @@ def test_batches_by_tokens_keep_order_and_bound() -> None:
     assert batches_by_tokens([], lengths, 18) == []
 
 
+@pytest.mark.parametrize(
+    ("lengths", "most", "pads", "expected"),
+    [
+        ([5, 5, 5, 5, 5], 20, False, [3, 2]),
+        ([5, 5, 5, 5, 5], 20, True, [3, 2]),
+        ([5, 5, 5, 5], 20, False, [4]),
+        ([9, 5, 1, 1, 1], 12, True, [1, 1, 3]),
+        ([9, 5, 1, 1, 1], 12, False, [1, 4]),
+        ([30, 5, 5, 5], 12, False, [1, 2, 1]),
+        ([1] * 100, 33, False, [25, 25, 25, 25]),
+    ],
+)
+def test_batches_are_few_and_of_even_size(lengths: list[int], most: int, pads: bool, expected: list[int]) -> None:
+    batches = batches_by_tokens(range(len(lengths)), lengths, most, pads=pads)
+    assert [len(batch) for batch in batches] == expected
+    assert [index for batch in batches for index in batch] == list(range(len(lengths)))
+
+
 # Bad input
 
 
@@ -474,10 +491,16 @@ def test_batches_by_tokens_keep_order_and_bound() -> None:
         ({"reduction": "batch"}, "reduction: expected sequence or token, got 'batch'"),
         ({"directions": "up"}, "directions: expected both, positive or negative, got 'up'"),
         ({"beta": 1.0}, "beta: expected a number strictly between 0 and 1"),
-        ({"initial_direction": "zeros"}, "initial_direction: expected random, difference-in-means or a tensor"),
+        (
+            {"initial_direction": "zeros"},
+            "initial_direction: expected random, difference-in-means, principal-direction or a tensor",
+        ),
         ({"initial_direction": torch.zeros(2, 32)}, r"initial_direction: expected shape \(1, 32\)"),
         ({"initial_direction": torch.zeros(1, 32)}, "direction: expected a vector of non-zero length, got all zeros"),
         ({"initial_direction": torch.full((1, 32), math.nan)}, "direction: expected finite numbers"),
+        ({"schedule": "steps"}, "schedule: expected linear or cosine, got 'steps'"),
+        ({"warmup_steps": -1}, "warmup_steps: expected an integer of at least 0, got -1"),
+        ({"patience": 0}, "patience: expected an integer of at least 1, got 0"),
         ({"source_tokens": "[INST]"}, r"pair 0, positive prompt: source_tokens: expected '\[INST\]' in the prompt"),
         ({"prefix_length": -1}, "prefix_length: expected None or at least 0"),
         ({"impl": "cuda"}, "impl: expected auto, reference, cpp or triton, got 'cuda'"),

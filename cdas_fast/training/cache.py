@@ -271,8 +271,23 @@ def batches_by_tokens(
 ) -> list[list[int]]:
     """Cut `order` into runs whose size is at most `max_tokens`: the sum of the lengths, or with `pads` count x longest.
 
-    A sequence that is longer by itself makes a batch of one.
+    There are as few as that allows, and the largest is as small as their number allows. A sequence that is longer by
+    itself makes a batch of one.
     """
+    order = list(order)
+    batches = _cut(order, lengths, max_tokens, pads)
+    low, high = max((lengths[index] for index in order), default=0), max_tokens
+    while low < high:  # the smallest size that needs no more batches
+        middle = (low + high) // 2
+        if len(_cut(order, lengths, middle, pads)) <= len(batches):
+            high = middle
+        else:
+            low = middle + 1
+    return _cut(order, lengths, low, pads) if low <= max_tokens else batches
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], max_tokens: int, pads: bool) -> list[list[int]]:
+    """Put each into the batch of the one before it while that has room."""
     batches: list[list[int]] = []
     longest = total = 0
     for index in order:
