@@ -181,6 +181,24 @@ def test_recomputed_layers_give_the_same_bits_and_keep_less(name: str, edited: i
     assert not any("forward" in module.__dict__ for module in decoder.model.modules())
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 31, 48])
+def test_what_fills_up_to_a_multiple_of_16_meets_nobody(count: int) -> None:
+    decoder = inspect_decoder(tiny_model("gemma2").requires_grad_(False))
+    runner = PackedRunner(decoder, PREFIX)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(count, decoder.hidden_size, generator=generator)
+    ids = [[int(each) for each in torch.randint(3, 300, (count,), generator=generator)]]
+    rows = Rows((count,), len(PREFIX))
+    assert int(rows.filled.starts[-1]) == -(-count // 16) * 16
+    assert rows.filled.lengths[:1] == rows.lengths
+    captured, suffix = runner.capture(ids, [LAYER]), runner.suffix(LAYER, hidden, rows)
+    assert captured.final is not None
+    assert [len(each) for each in (captured.final, captured.hidden[LAYER], suffix)] == [count] * 3
+    padded = PaddedRunner(decoder, PREFIX)
+    torch.testing.assert_close(captured.final, padded.capture(ids, []).final, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(suffix, padded.suffix(LAYER, hidden, rows), rtol=1e-4, atol=1e-5)
+
+
 class RowsSeen(TorchFunctionMode):
     """Counts the rows that a linear map of a given weight is applied to."""
 
@@ -200,12 +218,12 @@ PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.dow
 
 
 def rows_seen(runner: PackedRunner, **arguments: Any) -> list[int]:
-    """How many tokens the projections of the last two layers are applied to, in a suffix read at three of 16."""
+    """How many tokens the projections of the last two layers see in a suffix read at three of 44, both filled up."""
     layers: Any = runner.decoder.layers
     weights = {f"{layer}.{name}": layers[layer].get_submodule(name).weight for layer in (3, 4) for name in PROJECTIONS}
-    hidden = torch.randn(16, runner.decoder.hidden_size, dtype=runner.decoder.dtype)
+    hidden = torch.randn(44, runner.decoder.hidden_size, dtype=runner.decoder.dtype)
     with RowsSeen(weights) as seen:
-        runner.suffix(LAYER, hidden, ROWS, positions=torch.tensor([1, 9, 15]), **arguments)
+        runner.suffix(LAYER, hidden, Rows((30, 14), len(PREFIX)), positions=torch.tensor([1, 9, 41]), **arguments)
     return [seen.rows[name] for name in weights]
 
 
@@ -213,9 +231,9 @@ def rows_seen(runner: PackedRunner, **arguments: Any) -> list[int]:
 def test_what_is_not_read_is_not_computed(name: str) -> None:
     decoder = inspect_decoder(tiny_model(name, dtype=torch.float64).requires_grad_(False))
     runner = PackedRunner(decoder, PREFIX)
-    assert rows_seen(runner) == [16] * 4 + [16, 3, 3, 3]
-    assert rows_seen(runner, edits={3: lambda hidden: hidden}) == [16] * 4 + [16, 3, 3, 3]
-    assert rows_seen(runner, edits={4: lambda hidden: hidden}) == [16] * 8
+    assert rows_seen(runner) == [48] * 4 + [48, 16, 16, 16]
+    assert rows_seen(runner, edits={3: lambda hidden: hidden}) == [48] * 4 + [48, 16, 16, 16]
+    assert rows_seen(runner, edits={4: lambda hidden: hidden}) == [48] * 8
     everywhere: Any = decoder.layers
     assert not [each for each in everywhere.modules() if "forward" in vars(each)]
 
@@ -225,9 +243,9 @@ def test_hooks_are_shown_every_token(watched: str) -> None:
     model = tiny_model(dtype=torch.float64).requires_grad_(False)
     runner = PackedRunner(inspect_decoder(model), PREFIX)
     handle = model.get_submodule(watched).register_forward_hook(lambda *_: None)
-    assert rows_seen(runner) == [16] * 8
+    assert rows_seen(runner) == [48] * 8
     handle.remove()
-    assert rows_seen(runner)[-1] == 3
+    assert rows_seen(runner)[-1] == 16
 
 
 class Doubling(nn.Linear):
@@ -237,7 +255,7 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize(("path", "expected"), [("mlp.up_proj", [3, 16, 16]), ("self_attn.o_proj", [16, 3, 3])])
+@pytest.mark.parametrize(("path", "expected"), [("mlp.up_proj", [16, 48, 48]), ("self_attn.o_proj", [48, 16, 16])])
 def test_linear_maps_of_another_kind_see_every_token(path: str, expected: list[int]) -> None:
     model = tiny_model(dtype=torch.float64).requires_grad_(False)
     model.model.layers[4].get_submodule(path).__class__ = Doubling

@@ -158,8 +158,11 @@ def _narrowed(own: Forward, read: Tensor) -> Forward:
     gradient flows.
     """
 
+    more = -len(read) % 16  # few different sizes, as in `PackedRunner`
+
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows: Tensor = own(x[0].index_select(0, read)[None], *args, **kwargs)[0]
+        given = nn.functional.pad(x[0].index_select(0, read), (0, 0, 0, more))
+        rows: Tensor = own(given[None], *args, **kwargs)[0, : len(read)]
         return rows.new_zeros(x.shape[1], rows.shape[1]).index_copy(0, read, rows)[None]
 
     return forward

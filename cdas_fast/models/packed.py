@@ -33,6 +33,8 @@ from cdas_fast.ops.packed_attention import packed_attention
 
 Packing = Literal["auto", "packed", "padded"]
 
+MULTIPLE = 16  # tokens: libraries keep code, and allocators memory, for each number of rows that they meet
+
 _logger = logging.getLogger(__name__)
 
 
@@ -57,6 +59,12 @@ class Rows:
     def positions(self) -> Tensor:
         """The position of each token in its row, the prefix counted; (N,)."""
         return torch.arange(int(self.starts[-1])) - self.starts[self.owners] + self.prefix_length
+
+    @functools.cached_property
+    def filled(self) -> Rows:
+        """With one row more, if N is no multiple of 16, so that it is."""
+        more = -sum(self.lengths) % MULTIPLE
+        return Rows((*self.lengths, more), self.prefix_length) if more else self
 
     @property
     def padded_length(self) -> int:
@@ -138,7 +146,7 @@ def shared_prefix(sequences: Sequence[Sequence[int]], longest: int) -> tuple[int
 
 
 class PackedRunner:
-    """N tokens as one sequence, whose attention knows the rows."""
+    """N tokens as one sequence, whose attention knows the rows; filled up by a row of its own to a multiple of 16."""
 
     pads = False
 
@@ -159,13 +167,20 @@ class PackedRunner:
         """See `Runner`."""
         device = self.decoder.device
         rows = Rows(tuple(map(len, sequences)), len(self.prefix_ids))
-        ids = torch.tensor([list(itertools.chain.from_iterable(sequences))], device=device)
-        positions = rows.positions[None].to(device)
+        count, filled = int(rows.starts[-1]), rows.filled
+        ids = [*itertools.chain.from_iterable(sequences), *[0] * (int(filled.starts[-1]) - count)]
+        positions = filled.positions[None].to(device)
         last = self.decoder.num_layers - 1 if stop_after is None else stop_after
-        with self._attention(rows.starts, range(last + 1)):
-            captured = capture_activations(self.decoder, ids, layers, position_ids=positions, stop_after=stop_after)
-        final = None if captured.final is None else captured.final[0]
-        return Capture({layer: hidden[0] for layer, hidden in captured.hidden.items()}, final)
+        with self._attention(filled.starts, range(last + 1)):
+            captured = capture_activations(
+                self.decoder,
+                torch.tensor([ids], device=device),
+                layers,
+                position_ids=positions,
+                stop_after=stop_after,
+            )
+        final = None if captured.final is None else captured.final[0, :count]
+        return Capture({layer: hidden[0, :count] for layer, hidden in captured.hidden.items()}, final)
 
     def suffix(
         self,
@@ -179,26 +194,28 @@ class PackedRunner:
     ) -> Tensor:
         """See `Runner`."""
 
+        count, filled = len(hidden), rows.filled
+        more = int(filled.starts[-1]) - count
+
         def as_sequence(edit: Edit) -> Edit:
-            return lambda hidden: edit(hidden[0])[None]
+            return lambda hidden: torch.cat([edit(hidden[0, :count]), hidden[0, count:]])[None]
+
+        def again(layer: int) -> AbstractContextManager[None]:
+            return self._attention(filled.starts, range(layer, layer + 1), read=narrow)
 
         edits, last = edits or {}, self.decoder.num_layers - 1
         read = None if positions is None else positions.to(hidden.device)
         narrow = None if read is None or last in edits else read.unique()  # an edit is shown every token's output
-
-        def again(layer: int) -> AbstractContextManager[None]:
-            return self._attention(rows.starts, range(layer, layer + 1), read=narrow)
-
-        with self._attention(rows.starts, range(layer + 1, last + 1), read=narrow):
+        with self._attention(filled.starts, range(layer + 1, last + 1), read=narrow):
             final = run_suffix(
                 self.decoder,
                 layer,
-                hidden[None],
-                position_ids=rows.positions[None].to(hidden.device),
+                nn.functional.pad(hidden, (0, 0, 0, more))[None],
+                position_ids=filled.positions[None].to(hidden.device),
                 edits={later: as_sequence(edit) for later, edit in edits.items()},
                 recompute=again if recompute else None,
             )[0]
-        return final if read is None else final.index_select(0, read)
+        return final[:count] if read is None else final.index_select(0, read)
 
     @contextmanager
     def _attention(
