@@ -84,7 +84,7 @@ class Engine:
             decoder, rows, config.layers, micro_batch_tokens=config.micro_batch_tokens, memory_bytes=config.cache_bytes
         )
         self.caching = Caching(time.perf_counter() - started, cache.nbytes, len(rows.positive_prompts))
-        self.training = ConceptTraining(0, cache, config, initial, device=decoder.device)
+        self.training = ConceptTraining(0, cache, config, initial)
         self.objective = DivergenceObjective(
             decoder,
             cache.runner,

@@ -51,14 +51,13 @@ class Batch:
 
 
 class ConceptTraining:
-    """Steps of AdamW on a concept's direction, with the state that a checkpoint holds.
+    """Steps of AdamW on a concept's direction, with the state that a checkpoint holds. All of it is on the CPU.
 
     Args:
         concept_id: names it in what callbacks are given.
         cache: the activations of the rows to train on.
         config: the settings.
         initial: the initial direction (R, D), orthonormal.
-        device: of the model.
         held_out: the activations of held-out rows, if their loss is to be measured.
         checkpoint: the state to go on from, instead of the initial direction.
         records: the log of the steps before it.
@@ -71,7 +70,6 @@ class ConceptTraining:
         config: TrainingConfig,
         initial: Tensor,
         *,
-        device: torch.device,
         held_out: ActivationCache | None = None,
         checkpoint: Checkpoint | None = None,
         records: Sequence[StepRecord] = (),
@@ -83,14 +81,14 @@ class ConceptTraining:
         self.steps_per_epoch = -(-self.pairs // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.state = checkpoint or Checkpoint(0, initial, torch.zeros_like(initial), torch.zeros_like(initial))
-        self.direction = self.state.direction.to(device).clone()
+        self.direction = self.state.direction.clone()
         self.optimizer = torch.optim.AdamW(
             [self.direction], lr=config.learning_rate, betas=config.betas, weight_decay=0.0, foreach=False
         )
         self.optimizer.state[self.direction] = {
             "step": torch.tensor(float(self.state.step)),
-            "exp_avg": self.state.exp_avg.to(device).clone(),
-            "exp_avg_sq": self.state.exp_avg_sq.to(device).clone(),
+            "exp_avg": self.state.exp_avg.clone(),
+            "exp_avg_sq": self.state.exp_avg_sq.clone(),
         }
 
     @property
@@ -144,8 +142,8 @@ class ConceptTraining:
 
         Args:
             batch: what `batch()` gave.
-            sums: of the divergence over the response of each of its rows, (rows,).
-            gradient: of the step's loss, (R, D).
+            sums: of the divergence over the response of each of its rows, (rows,), on the CPU.
+            gradient: of the step's loss, (R, D), on the CPU.
             seconds: that it took to find them.
             evaluate: measures held-out rows.
 
@@ -180,11 +178,11 @@ class ConceptTraining:
             held_out_loss=held_out,
         )
         state = (self.direction, moments["exp_avg"], moments["exp_avg_sq"])
-        direction, exp_avg, exp_avg_sq = (each.cpu().clone() for each in state)
+        direction, exp_avg, exp_avg_sq = (each.clone() for each in state)
         best = direction.clone() if self._is_best(held_out) else self.state.best
         self.state = Checkpoint(step + 1, direction, exp_avg, exp_avg_sq, best=best)
         self.records.append(record)
-        return StepInfo(self.concept_id, record, gradient.cpu(), self.state.direction)
+        return StepInfo(self.concept_id, record, gradient.clone(), self.state.direction)
 
     def _order(self, epoch: int) -> list[int]:
         """Pairs in the order of an epoch. It depends on seed and epoch alone, so that a resumed run goes on with it."""
@@ -222,13 +220,14 @@ def step_together(
     """Do one step of each concept, their rows in the same micro-batches. One that meets a NaN does not take its step.
 
     Each concept has its own direction, so the gradients are those that it has alone; only the rounding of matrix
-    products may depend on what else is in a batch.
+    products may depend on what else is in a batch. A step moves the directions to the device once, and gradients and
+    losses back once, at its end.
     """
     started = time.perf_counter()
     batches = [concept.batch() for concept in concepts]
-    alone = len(concepts) == 1
-    directions = [concept.direction for concept in concepts]
-    direction = (directions[0].clone() if alone else torch.stack(directions)).requires_grad_(True)
+    alone, device = len(concepts) == 1, objective.decoder.device
+    directions = torch.stack([concept.direction for concept in concepts])
+    direction = (directions[0] if alone else directions).to(device).requires_grad_(True)
     owners = [number for number, batch in enumerate(batches) for _ in batch.rows]
     sums = objective.accumulate_gradient(
         [row for batch in batches for row in batch.rows],
@@ -237,12 +236,12 @@ def step_together(
         concepts=None if alone else owners,
     )
     assert direction.grad is not None
-    gradients = direction.grad[None] if alone else direction.grad
+    gradients = direction.grad.view_as(directions).cpu()
     seconds, tokens = time.perf_counter() - started, sum(batch.tokens for batch in batches)
 
     def evaluate(cache: ActivationCache, direction: Tensor) -> float:
         rows = [cache.row(row) for row in range(len(cache))]
-        losses = objective.evaluate(rows, Interchange(direction, objective.impl))
+        losses = objective.evaluate(rows, Interchange(direction.to(device), objective.impl))
         return mean_divergence(rows, losses, concepts[0].config.reduction)
 
     results: list[StepInfo | NonFiniteError] = []

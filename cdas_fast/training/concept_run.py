@@ -196,7 +196,6 @@ class ConceptRun:
             cache,
             config,
             self.initial,
-            device=context.decoder.device,
             held_out=held_out,
             checkpoint=checkpoint,
             records=[] if self.folder is None else self.folder.start_log(self.first_step),
@@ -225,7 +224,7 @@ class ConceptRun:
         """Write report and artifact, and let the activations go."""
         training = self.training
         assert training is not None
-        direction, cache = training.result, training.cache
+        direction, cache = training.result.clone(), training.cache  # where it lies in memory bears on rounding
         projections = [sources.float() @ direction.T for sources in (cache.positive_sources, cache.negative_sources)]
         vector = self._vector(direction, *map(Factors.from_projections, projections))
         result = ConceptResult(
