@@ -70,8 +70,9 @@ def test_every_setting_reaches_the_run(train_arguments: list[str], tmp_path: Pat
         *("--learning-rate", "0.01", "--rank", "2", "--seed", "5", "--reduction", "token", "--directions", "positive"),
         *("--max-output-tokens", "7", "--max-examples", "3", "--no-shuffle", "--initial-direction", "random"),
         *("--system-prompt", "Be brief.", "--source-tokens", "assistant\n", "--keep-spaces"),
-        *("--checkpoint-every", "3", "--evaluate-every", "2", "--cache-gib", "0.5", "--layer", "1", "3"),
-        *("--dtype", "bfloat16", "--device", "cpu"),
+        *("--checkpoint-every", "3", "--evaluate-every", "2", "--layer", "1", "3", "--schedule", "cosine"),
+        *("--warmup-steps", "1", "--patience", "4", "--validation", train_arguments[4], "--recompute"),
+        *("--concepts-together", "5", "--dtype", "bfloat16", "--device", "cpu"),
     ]
     assert main(arguments) == 0
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["metadata"]["settings"]
@@ -90,7 +91,11 @@ def test_every_setting_reaches_the_run(train_arguments: list[str], tmp_path: Pat
         "clean_spaces": False,
         "checkpoint_every": 3,
         "evaluate_every": 2,
-        "cache_bytes": 2**29,
+        "schedule": "cosine",
+        "warmup_steps": 1,
+        "patience": 4,
+        "recompute": True,
+        "concepts_together": 5,
         "layer": [1, 3],
     }
     assert {name: settings[name] for name in expected} == expected
