@@ -28,11 +28,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import cdas_fast
+from benchmarks.comparison import report
 from cdas_fast import ContrastivePairs, TrainingConfig
 from cdas_fast.benchmark.report import machine
 from cdas_fast.demo import demo_pairs
-from cdas_fast.errors import CDASError, InvalidInputError, expected_got
-from cdas_fast.storage import write_json, write_text
+from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.training import TrainingResult
 
 
@@ -186,18 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workload", default="500x72x18", help="concepts x pairs x epochs; default: 500x72x18")
     parser.add_argument("--output", type=Path, help="write concepts.txt and concepts.json there")
-    options = parser.parse_args(arguments)
-    try:
-        lines, values = compare(options)
-    except CDASError as error:
-        print(f"benchmarks.concepts: error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = "\n".join(lines)
-    print(text)
-    if options.output is not None:
-        write_text(options.output / "concepts.txt", text + "\n")
-        write_json(options.output / "concepts.json", values)
-    return 0
+    return report("concepts", compare, parser.parse_args(arguments))
 
 
 def compare(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:

@@ -23,11 +23,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import cdas_fast
+from benchmarks.comparison import report
 from cdas_fast import ContrastivePairs, TrainingConfig
 from cdas_fast.benchmark.report import machine
-from cdas_fast.errors import CDASError, InvalidInputError, expected_got
+from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.evaluation import held_out_divergence
-from cdas_fast.storage import write_json, write_text
 from cdas_fast.training.config import PRESETS
 
 
@@ -63,18 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=0.04, help="of published")
     parser.add_argument("--epochs-of", nargs=2, action="append", default=[], metavar=("PRESET", "N"))
     parser.add_argument("--output", type=Path, help="write presets.txt and presets.json there")
-    options = parser.parse_args(arguments)
-    try:
-        lines, values = compare(options)
-    except CDASError as error:
-        print(f"benchmarks.presets: error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = "\n".join(lines)
-    print(text)
-    if options.output is not None:
-        write_text(options.output / "presets.txt", text + "\n")
-        write_json(options.output / "presets.json", values)
-    return 0
+    return report("presets", compare, parser.parse_args(arguments))
 
 
 def compare(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:

@@ -142,6 +142,9 @@ def test_each_has_a_folder_of_its_own(tmp_path: Path) -> None:
         assert [record["loss"] for record in log] == [record.loss for record in own.history]
         assert (folder / "report.html").exists()
         assert not list(folder.glob(".*"))
+        assert not (folder / "checkpoint.previous.safetensors").exists()
+    with pytest.raises(InvalidInputError, match=r"got concept_0, .* Choose another one, or resume the run there\."):
+        tiny_run(pairs_of(), output_dir=tmp_path / "out", concepts_together=3, **SETTINGS)
 
 
 def test_held_out_pairs_are_those_of_the_concept(alone: dict[int, Any]) -> None:

@@ -30,6 +30,7 @@ Forward = Callable[..., Any]
 Function = Callable[[nn.Module, Tensor], Tensor]  # what a kind of module computes, of a module and its input
 Rotation = Callable[..., tuple[Tensor, Tensor]]  # of queries and keys, by two tables
 
+MULTIPLE = 16  # of tokens: libraries keep code, and allocators memory, for each number of rows that they meet
 RMS_NORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, round_normalized
 
 
@@ -158,7 +159,7 @@ def _narrowed(own: Forward, read: Tensor) -> Forward:
     gradient flows.
     """
 
-    more = -len(read) % 16  # few different sizes, as in `PackedRunner`
+    more = -len(read) % MULTIPLE
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = nn.functional.pad(x[0].index_select(0, read), (0, 0, 0, more))

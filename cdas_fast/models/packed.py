@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
-from cdas_fast.models.fused import find_fused
+from cdas_fast.models.fused import MULTIPLE, find_fused
 from cdas_fast.models.structure import Decoder
 from cdas_fast.models.suffix import Capture, Edit, capture_activations, run_suffix
 from cdas_fast.ops import cpu_library
@@ -32,8 +32,6 @@ from cdas_fast.ops.implementation import Implementation
 from cdas_fast.ops.packed_attention import packed_attention
 
 Packing = Literal["auto", "packed", "padded"]
-
-MULTIPLE = 16  # tokens: libraries keep code, and allocators memory, for each number of rows that they meet
 
 _logger = logging.getLogger(__name__)
 
@@ -193,7 +191,6 @@ class PackedRunner:
         recompute: bool = False,
     ) -> Tensor:
         """See `Runner`."""
-
         count, filled = len(hidden), rows.filled
         more = int(filled.starts[-1]) - count
 

@@ -245,7 +245,7 @@ class ConceptRun:
 
             write_run_report(self.folder.path, result)
             vector.save_pretrained(self.folder.path, overwrite=True)  # a killed run may have left a part of it
-            self.folder.drop_activations()
+            self.folder.clear()
         return result
 
     def stored_result(self) -> ConceptResult:

@@ -123,7 +123,8 @@ def train(
         measured = () if held_out is None else held_out.concept_ids
         if without := [concept_id for concept_id in pairs.concept_ids if concept_id not in measured]:
             wanted = "held-out pairs of every concept, as patience needs them"
-            raise InvalidInputError(expected_got("validation", wanted, f"none of concept {without[0]}"))
+            remedy = "Give such pairs, or leave patience out."
+            raise InvalidInputError(expected_got("validation", wanted, f"none of concept {without[0]}", remedy))
     several = len(pairs.concept_ids) > 1
     counts = Counter(pair.concept_id for pair in pairs)
     sizes = {concept_id: counts[concept_id] for concept_id in pairs.concept_ids}

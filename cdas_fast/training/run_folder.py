@@ -74,7 +74,8 @@ def refuse_used_folder(path: str | os.PathLike[str]) -> None:
     entries = [name for name in entries if not _is_scrap(name) and name != ACTIVATIONS]
     if entries:
         what = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
-        remedy = "Choose another one" + (", or resume the run there." if CHECKPOINT in entries else ".")
+        begun = CHECKPOINT in entries or any(path.glob(f"concept_*/{CHECKPOINT}"))
+        remedy = "Choose another one" + (", or resume the run there." if begun else ".")
         raise InvalidInputError(expected_got(f"output folder {path}", "a new or empty folder", what, remedy))
 
 
@@ -161,8 +162,9 @@ class RunFolder:
                 f"{self.path / LOG}: cannot be written ({error.strerror}); resume the run later."
             ) from error
 
-    def drop_activations(self) -> None:
-        """Delete the cached activations, which a complete run has no more use for."""
+    def clear(self) -> None:
+        """Delete what a complete run has no more use for: cached activations and the checkpoint before the last."""
+        (self.path / PREVIOUS).unlink(missing_ok=True)
         shutil.rmtree(self.path / ACTIVATIONS, ignore_errors=True)  # Windows keeps what is open
 
     @property
