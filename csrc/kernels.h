@@ -124,6 +124,18 @@ struct CdasRotary {
   int32_t dtype, threads;
 };
 
+// Weights in 4 bits, see nf4.h.
+struct CdasNf4 {
+  int64_t count;               // of values; blocks of 64, the last one may be shorter
+  const uint8_t* packed;       // {(count + 1) / 2}
+  const void* absmax;          // {blocks}: uint8_t, or float if nested_code is null
+  const float* nested_absmax;  // {(blocks + 255) / 256}
+  const float* nested_code;    // {256}, or null
+  const float* offset;         // {1}
+  void* out;                   // {count}
+  int32_t dtype, threads;      // not CDAS_FLOAT64
+};
+
 struct CdasKernels {
   int64_t (*head_loss_rows)(int32_t dtype);  // rows that are done as one; fewer are best a multiple of a quarter of them
   int64_t (*head_loss_workspace)(const CdasHeadLoss*);
@@ -139,4 +151,5 @@ struct CdasKernels {
   void (*gated_activation_forward)(const CdasGatedActivation*);
   void (*gated_activation_backward)(const CdasGatedActivation*);
   void (*rotary)(const CdasRotary*);
+  void (*dequantize_nf4)(const CdasNf4*);
 };

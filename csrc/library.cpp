@@ -113,6 +113,7 @@ void cdas_rms_norm_backward(const CdasRmsNorm* args) { in_use->kernels->rms_norm
 void cdas_gated_activation_forward(const CdasGatedActivation* args) { in_use->kernels->gated_activation_forward(args); }
 void cdas_gated_activation_backward(const CdasGatedActivation* args) { in_use->kernels->gated_activation_backward(args); }
 void cdas_rotary(const CdasRotary* args) { in_use->kernels->rotary(args); }
+void cdas_dequantize_nf4(const CdasNf4* args) { in_use->kernels->dequantize_nf4(args); }
 
 }  // extern "C"
 #pragma GCC visibility pop

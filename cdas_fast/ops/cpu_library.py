@@ -128,6 +128,16 @@ class Rotary(ctypes.Structure):
     )
 
 
+class Nf4(ctypes.Structure):
+    """`CdasNf4` of csrc/kernels.h."""
+
+    _fields_ = (
+        ("count", c_int64),
+        *((name, c_void_p) for name in ("packed", "absmax", "nested_absmax", "nested_code", "offset", "out")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+    )
+
+
 def available() -> bool:
     """Whether the library was built and can be loaded."""
     return _file() is not None
@@ -189,6 +199,7 @@ def load() -> ctypes.CDLL:
         ("cdas_gated_activation_forward", None, (POINTER(GatedActivation),)),
         ("cdas_gated_activation_backward", None, (POINTER(GatedActivation),)),
         ("cdas_rotary", None, (POINTER(Rotary),)),
+        ("cdas_dequantize_nf4", None, (POINTER(Nf4),)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = restype, argtypes
