@@ -108,6 +108,17 @@ def subspace(
     kernels.project(hidden[::count], direction, index, value)
 
 
+def nf4(dtype: torch.dtype, nested: bool = True) -> None:
+    kernels = importlib.import_module("cdas_fast.kernels.nf4")
+    rows, width = 4096, 14336
+    packed, blocks = absent(rows * width // 2, dtype=torch.uint8), rows * width // 64
+    statistics: tuple[Tensor | None, ...] = (absent(blocks, dtype=torch.float32), None, None, None)
+    if nested:
+        floats = [absent(size, dtype=torch.float32) for size in (blocks // 256, 256, 1)]
+        statistics = (absent(blocks, dtype=torch.uint8), *floats)
+    kernels.dequantize(packed, *statistics, absent(rows, width, dtype=dtype))
+
+
 def absent(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -130,6 +141,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "D 8192, R 16 of 3 concepts, float32": partial(subspace, 8192, 16, torch.float32, 3),
     "D 16384, R 6, bfloat16": partial(subspace, 16384, 6, torch.bfloat16),
     "D 4096, R 6, float64": partial(subspace, 4096, 6, torch.float64),
+    **{f"NF4 to {name}": partial(nf4, dtype) for name, dtype in FLOATS.items()},
+    "NF4, statistics not quantised, to bfloat16": partial(nf4, torch.bfloat16, nested=False),
 }
 
 
@@ -218,10 +231,10 @@ def table() -> str:
 Compiled, not measured: no kernel of this table has run on the GPU it was compiled for. Written by
 `python -m benchmarks.compile_matrix` with triton {triton.__version__}.
 
-Logits are {ROWS} x {VOCABULARY}, hidden is 3000 x D. Registers and spilled bytes are those of a thread, shared bytes
-those of a program. Programs and occupancy: how many programs fit on a multiprocessor at once, and which part of its
-warps they are, an upper bound from registers, shared memory and warps. A kernel that several calls share is listed
-once.
+Logits are {ROWS} x {VOCABULARY}, hidden is 3000 x D, a weight in NF4 is 4096 x 14336. Registers and spilled bytes are
+those of a thread, shared bytes those of a program. Programs and occupancy: how many programs fit on a multiprocessor
+at once, and which part of its warps they are, an upper bound from registers, shared memory and warps. A kernel that
+several calls share is listed once.
 """
     return "\n".join([header, *map(section, PARTS)])
 
