@@ -11,6 +11,7 @@ import torch
 from head_cases import IMPLEMENTATIONS, Operations, leaf
 from torch import Tensor
 
+import cdas_fast.ops.nf4  # noqa: F401 - registers its ops, and nothing else here does
 from cdas_fast import clamp, interchange, linear_cross_entropy, linear_jsd, linear_kl, linear_logprob
 from cdas_fast.errors import InvalidInputError, MissingDependencyError, UnsupportedError
 from cdas_fast.ops import cpu_library
@@ -163,6 +164,16 @@ def samples() -> list[Any]:
             (torch.randn(5, 4, 3), torch.randn(5, 4), *queries, *constants, 0.5, 2.0, 3, "reference")
         ],
     }
+    nested = torch.ones(33).byte(), torch.ones(2).byte(), torch.ones(1), torch.ones(256), torch.tensor(0.5)
+    plain = nested[0], torch.ones(2), None, None, None
+    arguments["dequantize_nf4"] = [
+        (*nested, 5, 13, torch.bfloat16, "reference"),
+        (*plain, 5, 13, torch.float32, "reference"),
+    ]
+    arguments["dequantize_nf4_out"] = [
+        (*nested, torch.empty(5, 13).half(), "reference"),
+        (*plain, torch.empty(5, 13), "reference"),
+    ]
     return [
         pytest.param(name, each, id=f"{name}-{number}")
         for name, several in arguments.items()
