@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cdas_fast.errors import CDASError, InvalidInputError, UnsupportedError, expected_got
+from cdas_fast.errors import CDASError, InvalidInputError, expected_got
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,6 +94,23 @@ def _add_model(command: Any) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: that of the weights")
     command.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
+
+
+def _add_piecemeal(command: Any) -> None:
+    command.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="keep the layers' weights in 4 bits (NF4), made at the first use and kept as a packed copy",
+    )
+    command.add_argument(
+        "--resident-layers",
+        type=int,
+        metavar="K",
+        help="keep K layers on the device, and read the others when they are needed; default: all that are needed",
+    )
+    command.add_argument(
+        "--packed", type=Path, metavar="DIR", help="folder of packed copies; default: in the user's cache"
+    )
 
 
 def _add_demo(commands: Any) -> None:
@@ -188,7 +205,14 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--checkpoint-every", type=int, default=10, metavar="N", help="steps between checkpoints")
     train.add_argument("--evaluate-every", type=int, default=1, metavar="N", help="epochs between held-out losses")
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run in DIR stopped")
-    train.add_argument("--load-in-4bit", action="store_true", help="not in this version")
+    train.add_argument(
+        "--activation-memory",
+        type=float,
+        metavar="GIB",
+        help="of layers that are read when they are needed, memory for the activations that they keep; the layers for "
+        "which it does not suffice run twice. Default: no limit",
+    )
+    _add_piecemeal(train)
     train.set_defaults(can_resume=True)
 
 
@@ -202,6 +226,7 @@ def _add_generate(commands: Any) -> None:
         'cdas-fast generate --model smollm2-135m --vector out --compare "Tell me about trains."',
     )
     _add_model(generate)
+    _add_piecemeal(generate)
     generate.add_argument("--vector", metavar="DIR", help="folder or hub repository of a steering vector")
     generate.add_argument("--toward", choices=("positive", "negative", "none"), default="positive")
     generate.add_argument("--compare", action="store_true", help="unsteered, positive and negative, one after another")
@@ -221,6 +246,7 @@ def _add_evaluate(commands: Any) -> None:
         "cdas-fast evaluate --model smollm2-135m --vector out --data held_out.parquet",
     )
     _add_model(evaluate)
+    _add_piecemeal(evaluate)
     evaluate.add_argument("--vector", required=True, nargs="+", metavar="DIR", help="one or several steering vectors")
     evaluate.add_argument("--data", required=True, type=Path, metavar="F", help="pairs not trained on")
     evaluate.add_argument("--concept-id", type=int, metavar="ID", help="only this concept of the file")
@@ -378,8 +404,6 @@ def _demo(options: Any) -> None:
 
 
 def _train(options: Any) -> None:
-    if options.load_in_4bit:
-        raise UnsupportedError("--load-in-4bit is not part of this version. Use --dtype bfloat16.")
     import torch
 
     from cdas_fast.data.pairs import ContrastivePairs
@@ -408,6 +432,7 @@ def _train(options: Any) -> None:
         clean_spaces=not options.keep_spaces,
         concepts_together=options.concepts_together,
         recompute=options.recompute,
+        activation_bytes=None if options.activation_memory is None else int(options.activation_memory * 2**30),
         checkpoint_every=options.checkpoint_every,
         evaluate_every=options.evaluate_every,
     )
@@ -608,6 +633,9 @@ def _load(options: Any) -> tuple[nn.Module, Any]:
         device=options.device,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
+        load_in_4bit=options.load_in_4bit,
+        resident_layers=options.resident_layers,
+        packed_dir=options.packed,
     )
 
 

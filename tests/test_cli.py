@@ -154,7 +154,7 @@ def test_contrast_makes_pairs(model_folder: Path, tmp_path: Path, capsys: pytest
         ({"--epochs": "0"}, 2, "epochs: expected an integer of at least 1, got 0"),
         ({"--concept-id": "3"}, 2, "concept_id: expected one of 0, got 3"),
         ({"--initial-direction": "w.safetensors"}, 6, "w.safetensors: expected a safetensors file, got no file"),
-        ({"--load-in-4bit": None}, 4, "--load-in-4bit is not part of this version"),
+        ({"--resident-layers": "9"}, 2, "resident_layers: expected a number from 0 to 5, got 9"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
 )

@@ -255,7 +255,7 @@ def test_each_kind_is_checked_once(llama: Decoder, monkeypatch: pytest.MonkeyPat
     checked: list[type] = []
 
     def noting(function: Any) -> Any:
-        return lambda module, impl: checked.append(type(module)) or function(module, impl)  # type: ignore[func-returns-value]
+        return lambda module, *others: checked.append(type(module)) or function(module, *others)  # type: ignore[func-returns-value]
 
     for function in (fused_module._norm_function, fused_module._mlp_function):
         monkeypatch.setattr(fused_module, function.__name__, noting(function))

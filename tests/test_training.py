@@ -20,7 +20,7 @@ from cdas_fast.data.rows import TrainingRow, tokenize_pairs
 from cdas_fast.errors import InvalidInputError, NonFiniteError, StorageError, UnsupportedError
 from cdas_fast.models import inspect_decoder
 from cdas_fast.models.packed import PackedRunner, PaddedRunner
-from cdas_fast.training.cache import batches_by_tokens
+from cdas_fast.training.sequences import batches_by_tokens
 from cdas_fast.training.directions import (
     difference_in_means,
     is_orthonormal,

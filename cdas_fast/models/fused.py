@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdas_fast.models.handle_linear import HandleLinear
 from cdas_fast.models.structure import Decoder
 from cdas_fast.ops.frozen_linear import frozen_linear, onednn_is_faster
 from cdas_fast.ops.gated_activation import Activation, gated_activation
@@ -31,6 +32,7 @@ Function = Callable[[nn.Module, Tensor], Tensor]  # what a kind of module comput
 Rotation = Callable[..., tuple[Tensor, Tensor]]  # of queries and keys, by two tables
 
 MULTIPLE = 16  # of tokens: libraries keep code, and allocators memory, for each number of rows that they meet
+LINEAR = (nn.Linear, HandleLinear)
 RMS_NORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, round_normalized
 
 
@@ -39,7 +41,7 @@ class Ending:
     """What comes after the attention of the last layer, and maps each token by itself.
 
     Beyond attention a token meets no other, so where few are read, the others' need not be computed. Everything in
-    `narrowed` is made of plain `nn.Linear`, so that a row of its result depends on the same row of its input alone.
+    `narrowed` is made of plain linear maps, so that a row of its result depends on the same row of its input alone.
     """
 
     narrowed: tuple[nn.Module, ...]  # the output projection of attention, and the MLP
@@ -112,12 +114,13 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
     norms, mlps, rotaries, linears = 0, 0, 0, 0
     left_alone = set()
     by_onednn = chosen == "cpp" and onednn_is_faster(decoder.device)
+    like = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
     for module in _modules(decoder):
         if by_onednn and type(module) is nn.Linear and module.weight.dtype == torch.float32 and not _is_changed(module):
             forwards[module] = _forward_of(module, _linear)
             linears += 1
         if not (impl == "auto" and chosen == "reference") and not _is_changed(module):
-            with_rotary = _with_rotary(module, impl, rotations)
+            with_rotary = _with_rotary(module, like, impl, rotations)
             if with_rotary is not None:
                 forwards[module] = with_rotary
                 rotaries += 1
@@ -128,7 +131,7 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
         if not (impl == "auto" and chosen == "reference") and not _is_changed(module):
             kind = _kind(module)
             if kind not in kinds:
-                kinds[kind] = _norm_function(module, impl) if is_norm else _mlp_function(module, impl)
+                kinds[kind] = _norm_function(module, impl) if is_norm else _mlp_function(module, like, impl)
             function = kinds[kind]
         if function is None:
             left_alone.add(type(module).__name__)
@@ -144,10 +147,10 @@ def _find_ending(decoder: Decoder, forwards: Mapping[nn.Module, Forward]) -> End
     narrowed: list[nn.Module] = []
     for child in last.children():
         projection = getattr(child, "o_proj", None)
-        if type(projection) is nn.Linear:
+        if isinstance(projection, nn.Module) and type(projection) in LINEAR:
             narrowed.append(projection)
         inner = [each for name, each in child.named_children() if name.endswith("_proj")]
-        if child in forwards and hasattr(child, "down_proj") and all(type(each) is nn.Linear for each in inner):
+        if child in forwards and hasattr(child, "down_proj") and all(type(each) in LINEAR for each in inner):
             narrowed.append(child)
     return Ending(tuple(narrowed), (*last.modules(), *decoder.stack.children()))
 
@@ -171,7 +174,8 @@ def _narrowed(own: Forward, read: Tensor) -> Forward:
 
 def _modules(decoder: Decoder) -> list[nn.Module]:
     """Those of the layers, and what the stack holds itself: the final norm. Each once."""
-    modules = dict.fromkeys(module for layer in decoder.layers for module in layer.modules())
+    # the last ones first: of each kind one is tried, and the last layers are those that have to be there anyway
+    modules = dict.fromkeys(module for layer in reversed(decoder.layers) for module in layer.modules())
     return list(modules | dict.fromkeys(decoder.stack.children()))
 
 
@@ -245,7 +249,7 @@ def _norm_function(module: nn.Module, impl: Implementation) -> Function | None:
     return best[1]
 
 
-def _mlp_function(module: nn.Module, impl: Implementation) -> Function | None:
+def _mlp_function(module: nn.Module, like: Tensor, impl: Implementation) -> Function | None:
     """The MLP by `gated_activation`; None if it is something else."""
     children = {name for name, _ in module.named_children()} - {"act_fn", "activation_fn"}
     if children == {"gate_proj", "up_proj", "down_proj"}:
@@ -254,9 +258,8 @@ def _mlp_function(module: nn.Module, impl: Implementation) -> Function | None:
         first, act = "gate_up_proj", "activation_fn"
     else:
         return None
-    like = next((each for each in module.parameters() if each.is_floating_point()), None)
     width = getattr(module.get_submodule(first), "in_features", None)
-    if like is None or not isinstance(width, int):
+    if not isinstance(width, int):
         return None
     activation = _activation(getattr(module, act, None), like.device)
     if activation is None:
@@ -275,7 +278,9 @@ def _mlp_function(module: nn.Module, impl: Implementation) -> Function | None:
 _ROTARY = "apply_rotary_pos_emb"
 
 
-def _with_rotary(module: nn.Module, impl: Implementation, known: dict[Rotation, Rotation | None]) -> Forward | None:
+def _with_rotary(
+    module: nn.Module, like: Tensor, impl: Implementation, known: dict[Rotation, Rotation | None]
+) -> Forward | None:
     """The module's own forward with `rotary_embedding` for what transformers calls so; None if it calls no such thing.
 
     The copy of its code looks names up in a copy of the modeling module's: no other model that shares it is affected.
@@ -284,8 +289,7 @@ def _with_rotary(module: nn.Module, impl: Implementation, known: dict[Rotation, 
     if not isinstance(own, FunctionType) or hasattr(own, "__wrapped__") or _ROTARY not in own.__code__.co_names:
         return None
     function = own.__globals__.get(_ROTARY)
-    like = next((each for each in module.parameters() if each.is_floating_point()), None)
-    if not callable(function) or like is None:
+    if not callable(function):
         return None
     if function not in known:
         known[function] = _rotary_function(function, like, impl)

@@ -9,7 +9,9 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cdas_fast.errors import (
+    CDASError,
     InvalidInputError,
     MissingDependencyError,
     StorageError,
@@ -37,8 +40,14 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+    resident_layers: int | None = None,
+    packed_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, Any]:
     """A causal language model in evaluation mode and its tokenizer.
+
+    With `load_in_4bit` or `resident_layers`, the linear weights of its layers are read from safetensors files when a
+    layer is first needed, one matrix at a time, and no more of them are in memory than asked for.
 
     Args:
         model: `smollm2-135m`, a folder, a `.gguf` file, a hub id, or a model object, which is returned as it is.
@@ -47,14 +56,27 @@ def load_model(
         device: where to put it; CUDA if there is any, else the CPU.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code that comes with the model may run.
+        load_in_4bit: linear weights of the layers in NF4 with double quantisation, 0.52 bytes a weight. They are
+            quantised by bitsandbytes at the first use and kept as a packed copy.
+        resident_layers: so many layers stay on the device, the others are read when they are needed; all stay if None.
+        packed_dir: folder for packed copies; that of `cache_folder()` if None.
 
     Raises:
         InvalidInputError: no such model, dtype or device.
-        MissingDependencyError: a GGUF file without the `gguf` package, or the embedded model without its package.
+        MissingDependencyError: a GGUF file without the `gguf` package, the embedded model without its package, or 4-bit
+            weights without bitsandbytes.
+        StorageError: a weights file that is truncated, or no room for the packed copy.
+        UnsupportedError: with `load_in_4bit` or `resident_layers`, a model whose layers have weights that are no linear
+            maps.
     """
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise InvalidInputError(expected_got("tokenizer", "one, as the model is an object", "none"))
+        if (load_in_4bit or resident_layers is not None) and not hasattr(model, "layer_weights"):
+            remedy = "Give its name or folder: its weights are not to be in memory before."
+            raise InvalidInputError(
+                expected_got("model", "a name, for 4-bit weights or streaming", "an object", remedy)
+            )
         return model, _load_tokenizer(tokenizer, {}) if isinstance(tokenizer, str) else tokenizer
     from transformers import AutoModelForCausalLM
 
@@ -62,16 +84,58 @@ def load_model(
     location, options = _locate(os.fspath(model))
     options.update(revision=revision, trust_remote_code=trust_remote_code)
     target = resolve_device(device)
-    loaded = _explained(
-        str(model),
-        lambda: AutoModelForCausalLM.from_pretrained(location, dtype=resolve_dtype(dtype), **options),
-    )
+    load: Callable[[], nn.Module]
+    if load_in_4bit or resident_layers is not None:
+        load = partial(
+            _load_piecemeal,
+            location,
+            options,
+            resolve_dtype(dtype),
+            target,
+            load_in_4bit,
+            resident_layers,
+            cache_folder() / "packed" if packed_dir is None else Path(packed_dir),
+        )
+    else:
+        load = partial(AutoModelForCausalLM.from_pretrained, location, dtype=resolve_dtype(dtype), **options)
+    loaded = _explained(str(model), load)
     if tokenizer is None:
         tokenizer = _load_tokenizer(location, options)
     elif isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(tokenizer, {})
     loaded.name_or_path = str(model)
     return loaded.to(target).eval(), tokenizer
+
+
+def _load_piecemeal(
+    location: str,
+    options: Mapping[str, Any],
+    dtype: torch.dtype | str,
+    device: torch.device,
+    load_in_4bit: bool,
+    resident_layers: int | None,
+    packed: Path,
+) -> nn.Module:
+    from cdas_fast.models.skeleton import load_skeleton
+
+    if "gguf_file" in options:
+        remedy = "Load it whole, save it with save_pretrained, and give that folder."
+        raise InvalidInputError(expected_got(f"model {location}", "safetensors files", options["gguf_file"], remedy))
+    folder = Path(location)
+    if not (folder / "config.json").is_file():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.py"]
+        folder = Path(snapshot_download(location, revision=options.get("revision"), allow_patterns=patterns))
+    return load_skeleton(
+        folder,
+        dtype=dtype,
+        device=device,
+        load_in_4bit=load_in_4bit,
+        resident_layers=resident_layers,
+        packed_folder=lambda identity: packed / f"{folder.name}-{identity}",
+        trust_remote_code=bool(options.get("trust_remote_code")),
+    )
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -133,6 +197,8 @@ def _explained(name: str, load: Any) -> Any:
     """Run `load`, and turn what transformers raises for a wrong name or a broken file into one line."""
     try:
         return load()
+    except CDASError:
+        raise
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, ImportError):

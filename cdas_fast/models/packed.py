@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
 from cdas_fast.models.fused import MULTIPLE, find_fused
-from cdas_fast.models.structure import Decoder
-from cdas_fast.models.suffix import Capture, Edit, capture_activations, run_suffix
+from cdas_fast.models.layer_major import LayerwisePass
+from cdas_fast.models.skeleton import layer_weights
+from cdas_fast.models.structure import Decoder, text_config
+from cdas_fast.models.suffix import Capture, Edit, capture_activations, handing_on, rehearse, run_suffix
 from cdas_fast.ops import cpu_library
 from cdas_fast.ops.implementation import Implementation
 from cdas_fast.ops.packed_attention import packed_attention
@@ -102,6 +104,32 @@ class Runner(Protocol):
         respect to `hidden` and to whatever the edits depend on; with `recompute`, see `run_suffix`.
         """
 
+    def begin(self, sequences: Sequence[Sequence[int]]) -> LayerwisePass:
+        """A pass like `capture`, to be run layer by layer: it begins with `rehearsal.entering`, and reads (N, D)."""
+
+    def begin_prefix(self) -> LayerwisePass | None:
+        """A pass over the prefix, to be run layer by layer, each before those of `begin`; None if there is none."""
+
+    def keep_prefix(self, layer: int, hidden: Tensor) -> None:
+        """Take up what a layer makes of the prefix, (1, P, D), after `begin_prefix` has run it."""
+
+    def prefix_state(self, layer: int) -> dict[str, Tensor]:
+        """What the runner knows of the prefix, as far as suffixes from `layer` on need it."""
+
+    def restore_prefix(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `prefix_state` gave."""
+
+    def begin_suffix(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rows: Rows,
+        *,
+        edits: Mapping[int, Edit] | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[LayerwisePass, Tensor]:
+        """A pass like `suffix`, to be run layer by layer, and what goes into its first layer."""
+
 
 def make_runner(
     decoder: Decoder, prefix_ids: Sequence[int], packing: Packing = "auto", impl: Implementation = "auto"
@@ -154,10 +182,9 @@ class PackedRunner:
         self._fused = find_fused(decoder, impl)
         self._configs = _attention_configs(decoder)
         self._prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values
-        if self.prefix_ids:
-            starts = Rows((len(self.prefix_ids),), 0).starts
-            with self._attention(starts, range(decoder.num_layers), keeps=True):
-                capture_activations(decoder, torch.tensor([self.prefix_ids], device=decoder.device), [])
+        self._idle: frozenset[int] = frozenset()  # layers that hand on what they are given
+        if self.prefix_ids and layer_weights(decoder.model) is None:  # else when it is needed, or by `begin_prefix`
+            self._run_prefix(decoder.num_layers - 1)
 
     def capture(
         self, sequences: Sequence[Sequence[int]], layers: Sequence[int], *, stop_after: int | None = None
@@ -194,9 +221,6 @@ class PackedRunner:
         count, filled = len(hidden), rows.filled
         more = int(filled.starts[-1]) - count
 
-        def as_sequence(edit: Edit) -> Edit:
-            return lambda hidden: torch.cat([edit(hidden[0, :count]), hidden[0, count:]])[None]
-
         def again(layer: int) -> AbstractContextManager[None]:
             return self._attention(filled.starts, range(layer, layer + 1), read=narrow)
 
@@ -209,18 +233,97 @@ class PackedRunner:
                 layer,
                 nn.functional.pad(hidden, (0, 0, 0, more))[None],
                 position_ids=filled.positions[None].to(hidden.device),
-                edits={later: as_sequence(edit) for later, edit in edits.items()},
+                edits=_on_sequence(edits, count),
                 recompute=again if recompute else None,
             )[0]
         return final[:count] if read is None else final.index_select(0, read)
+
+    def begin(self, sequences: Sequence[Sequence[int]]) -> LayerwisePass:
+        """See `Runner`."""
+        rows = Rows(tuple(map(len, sequences)), len(self.prefix_ids))
+        count, filled = int(rows.starts[-1]), rows.filled
+        ids = [*itertools.chain.from_iterable(sequences), *[0] * (int(filled.starts[-1]) - count)]
+        return self._begin(filled, lambda final: final[0, :count], input_ids=torch.tensor([ids]))
+
+    def begin_prefix(self) -> LayerwisePass | None:
+        """See `Runner`."""
+        if not self.prefix_ids:
+            return None
+        ids = torch.tensor([self.prefix_ids])
+        return self._begin(Rows((len(self.prefix_ids),), 0), lambda final: final[0], keeps=True, input_ids=ids)
+
+    def keep_prefix(self, layer: int, hidden: Tensor) -> None:
+        """See `Runner`. Its keys and values were kept when the layer ran."""
+
+    def prefix_state(self, layer: int) -> dict[str, Tensor]:
+        """See `Runner`."""
+        kept = {each: pair for each, pair in self._prefix.items() if each > layer}
+        return {f"{name}.{each}": pair[number] for each, pair in kept.items() for number, name in enumerate(_HEADS)}
+
+    def restore_prefix(self, state: Mapping[str, Tensor]) -> None:
+        """See `Runner`."""
+        layers = {int(name.partition(".")[2]) for name in state}
+        for layer in layers:
+            keys, values = (state[f"{name}.{layer}"].to(self.decoder.device) for name in _HEADS)
+            self._prefix[layer] = keys, values
+
+    def begin_suffix(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rows: Rows,
+        *,
+        edits: Mapping[int, Edit] | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[LayerwisePass, Tensor]:
+        """See `Runner`."""
+        count, filled = len(hidden), rows.filled
+        entering = nn.functional.pad(hidden, (0, 0, 0, int(filled.starts[-1]) - count))[None]
+        edits, last = _on_sequence(edits or {}, count), self.decoder.num_layers - 1
+        read = None if positions is None else positions.to(hidden.device)
+
+        def leave(final: Tensor) -> Tensor:
+            return final[0, :count] if read is None else final[0].index_select(0, read)
+
+        narrow = None if read is None or last in edits else read.unique()
+        return self._begin(filled, leave, edits, narrow, inputs_embeds=entering.detach()), entering
+
+    def _begin(
+        self,
+        filled: Rows,
+        leave: Edit,
+        edits: Mapping[int, Edit] | None = None,
+        narrow: Tensor | None = None,
+        keeps: bool = False,
+        **inputs: Tensor,
+    ) -> LayerwisePass:
+        device = self.decoder.device
+
+        def context(layer: int | None) -> AbstractContextManager[None]:
+            layers = range(0) if layer is None else range(layer, layer + 1)
+            return self._attention(filled.starts, layers, keeps=keeps, read=narrow)
+
+        with context(None):
+            given = {name: each.to(device) for name, each in inputs.items()}
+            rehearsal = rehearse(self.decoder, position_ids=filled.positions[None].to(device), **given)
+        return LayerwisePass(self.decoder, rehearsal, context, leave, edits or {})
 
     @contextmanager
     def _attention(
         self, starts: Tensor, layers: range, *, keeps: bool = False, read: Tensor | None = None
     ) -> Iterator[None]:
+        wanted = set(layers) - self._idle
+        if not keeps and self.prefix_ids and not self._prefix.keys() >= wanted:
+            self._run_prefix(max(wanted))
         attention = _Attention(starts, {} if keeps else self._prefix, self._prefix if keeps else None, self._impl)
-        with self._fused.applied(read), attention.of(self._configs, layers):
+        with self._fused.applied(read), attention.of(self._configs, wanted):
             yield
+
+    def _run_prefix(self, last: int) -> None:
+        """Keep the prefix's keys and values up to layer `last`."""
+        ids = torch.tensor([self.prefix_ids], device=self.decoder.device)
+        with self._attention(Rows((len(self.prefix_ids),), 0).starts, range(last + 1), keeps=True):
+            capture_activations(self.decoder, ids, [], stop_after=last)
 
 
 class PaddedRunner:
@@ -238,12 +341,10 @@ class PaddedRunner:
     ) -> Capture:
         """See `Runner`."""
         rows = Rows(tuple(map(len, sequences)), len(self.prefix_ids))
-        ids = torch.zeros(len(sequences), rows.padded_length, dtype=torch.int64)
-        for row, sequence in zip(ids, sequences, strict=True):
-            row[: len(self.prefix_ids) + len(sequence)] = torch.tensor([*self.prefix_ids, *sequence])
         device = self.decoder.device
+        ids = self._padded_ids(sequences, rows).to(device)
         with self._fused.applied():
-            captured = capture_activations(self.decoder, ids.to(device), layers, stop_after=stop_after)
+            captured = capture_activations(self.decoder, ids, layers, stop_after=stop_after)
         places = _places(rows).to(device)
 
         def packed(hidden: Tensor) -> Tensor:
@@ -263,27 +364,82 @@ class PaddedRunner:
         recompute: bool = False,
     ) -> Tensor:
         """See `Runner`."""
-        places, count = _places(rows).to(hidden.device), len(rows.lengths)
-
-        def padded(packed: Tensor, around: Tensor) -> Tensor:
-            return around.flatten(0, 1).index_copy(0, places, packed).unflatten(0, (count, rows.padded_length))
-
-        def on_padded(edit: Edit) -> Edit:
-            return lambda hidden: padded(edit(hidden.flatten(0, 1)[places]), hidden)
-
-        around = hidden.new_zeros(count, rows.padded_length, hidden.shape[1])
-        around[:, : rows.prefix_length] = self._prefix_hidden(layer).to(hidden)
+        places = _places(rows).to(hidden.device)
         with self._fused.applied():
             final = run_suffix(
                 self.decoder,
                 layer,
-                padded(hidden, around),
-                edits={later: on_padded(edit) for later, edit in (edits or {}).items()},
+                self._padded(layer, hidden, rows, places),
+                edits=_on_padded(edits or {}, rows, places),
                 recompute=(lambda layer: self._fused.applied()) if recompute else None,
             )
         if positions is not None:
             places = places[positions.to(places.device)]
         return final.flatten(0, 1).index_select(0, places)
+
+    def begin(self, sequences: Sequence[Sequence[int]]) -> LayerwisePass:
+        """See `Runner`."""
+        rows = Rows(tuple(map(len, sequences)), len(self.prefix_ids))
+        ids = self._padded_ids(sequences, rows).to(self.decoder.device)
+        return self._begin(_places(rows), {}, input_ids=ids)
+
+    def begin_prefix(self) -> LayerwisePass | None:
+        """See `Runner`."""
+        if not self.prefix_ids:
+            return None
+        places = torch.arange(len(self.prefix_ids))
+        return self._begin(places, {}, input_ids=torch.tensor([self.prefix_ids], device=self.decoder.device))
+
+    def keep_prefix(self, layer: int, hidden: Tensor) -> None:
+        """See `Runner`."""
+        self._prefix[layer] = hidden[0]
+
+    def prefix_state(self, layer: int) -> dict[str, Tensor]:
+        """See `Runner`."""
+        return {f"hidden.{layer}": self._prefix[layer]} if layer in self._prefix else {}
+
+    def restore_prefix(self, state: Mapping[str, Tensor]) -> None:
+        """See `Runner`."""
+        for name, hidden in state.items():
+            self._prefix[int(name.partition(".")[2])] = hidden.to(self.decoder.device)
+
+    def begin_suffix(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rows: Rows,
+        *,
+        edits: Mapping[int, Edit] | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[LayerwisePass, Tensor]:
+        """See `Runner`."""
+        places = _places(rows).to(hidden.device)
+        entering = self._padded(layer, hidden, rows, places)
+        read = places if positions is None else places[positions.to(places.device)]
+        return self._begin(read, _on_padded(edits or {}, rows, places), inputs_embeds=entering.detach()), entering
+
+    def _begin(self, read: Tensor, edits: Mapping[int, Edit], **inputs: Tensor) -> LayerwisePass:
+        read = read.to(self.decoder.device)
+        return LayerwisePass(
+            self.decoder,
+            rehearse(self.decoder, **inputs),
+            lambda layer: self._fused.applied(),
+            lambda final: final.flatten(0, 1).index_select(0, read),
+            edits,
+        )
+
+    def _padded(self, layer: int, hidden: Tensor, rows: Rows, places: Tensor) -> Tensor:
+        """(B, P + T, D) of packed (N, D), with the prefix's own output of `layer`; the pads are 0."""
+        count = len(rows.lengths)
+        around = hidden.new_zeros(count, rows.padded_length, hidden.shape[1])
+        around[:, : rows.prefix_length] = self._prefix_hidden(layer).to(hidden)
+        return around.flatten(0, 1).index_copy(0, places, hidden).unflatten(0, (count, rows.padded_length))
+
+    def _padded_ids(self, sequences: Sequence[Sequence[int]], rows: Rows) -> Tensor:
+        ids = torch.zeros(len(sequences), rows.padded_length, dtype=torch.int64)
+        for row, sequence in zip(ids, sequences, strict=True):
+            row[: len(self.prefix_ids) + len(sequence)] = torch.tensor([*self.prefix_ids, *sequence])
+        return ids
 
     def _prefix_hidden(self, layer: int) -> Tensor:
         if layer not in self._prefix:
@@ -294,6 +450,28 @@ class PaddedRunner:
                 captured = capture_activations(self.decoder, ids, [layer], stop_after=layer)
             self._prefix[layer] = captured.hidden[layer][0]
         return self._prefix[layer]
+
+
+def _on_sequence(edits: Mapping[int, Edit], count: int) -> dict[int, Edit]:
+    """Edits (N, D) of the first `count` tokens of one sequence, as edits of (1, N, D)."""
+
+    def of(edit: Edit) -> Edit:
+        return lambda hidden: torch.cat([edit(hidden[0, :count]), hidden[0, count:]])[None]
+
+    return {layer: of(edit) for layer, edit in edits.items()}
+
+
+def _on_padded(edits: Mapping[int, Edit], rows: Rows, places: Tensor) -> dict[int, Edit]:
+    """Edits (N, D) of the packed tokens, as edits of padded rows (B, P + T, D)."""
+
+    def of(edit: Edit) -> Edit:
+        def apply(hidden: Tensor) -> Tensor:
+            flat = hidden.flatten(0, 1)
+            return flat.index_copy(0, places, edit(flat[places])).view_as(hidden)
+
+        return apply
+
+    return {layer: of(edit) for layer, edit in edits.items()}
 
 
 def _places(rows: Rows) -> Tensor:
@@ -312,7 +490,7 @@ class _Attention:
     layers: set[int] = field(default_factory=set)  # those that came by
 
     @contextmanager
-    def of(self, configs: Sequence[Any], layers: range) -> Iterator[None]:
+    def of(self, configs: Sequence[Any], layers: Set[int]) -> Iterator[None]:
         """Let the decoder of these configurations attend so; each of the layers has to come by.
 
         Raises:
@@ -328,7 +506,7 @@ class _Attention:
             _current.reset(token)
             for config, name in zip(configs, own, strict=True):
                 config._attn_implementation = name
-        if missing := sorted(set(layers) - self.layers):
+        if missing := sorted(layers - self.layers):
             raise _unsupported("every layer to take its attention from transformers' AttentionInterface", missing)
 
 
@@ -338,6 +516,7 @@ def _attention_configs(decoder: Decoder) -> list[Any]:
     return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
 
 
+_HEADS = ("keys", "values")
 _NAME = "cdas_fast_packed"
 _current: ContextVar[_Attention] = ContextVar(_NAME)
 
@@ -413,9 +592,29 @@ def _unsupported(wanted: str, got: object) -> UnsupportedError:
     return UnsupportedError(expected_got("packed attention", wanted, got))
 
 
-@torch.no_grad()
 def _tried(runner: PackedRunner) -> PackedRunner:
-    """The runner, if two short rows give what the model itself makes of each."""
+    """The runner, if two short rows give what the model itself makes of each.
+
+    Of a model whose linear weights are read when they are needed, only the last layer of each kind takes part.
+    """
+    decoder = runner.decoder
+    if layer_weights(decoder.model) is None:
+        _try_out(runner)
+        return runner
+    kinds = getattr(text_config(decoder.model), "layer_types", None) or [None] * decoder.num_layers
+    last_of_kind = {kind: layer for layer, kind in enumerate(kinds)}
+    runner._idle = frozenset(range(decoder.num_layers)) - set(last_of_kind.values())
+    try:
+        with handing_on(decoder, runner._idle):
+            _try_out(runner)
+    finally:
+        runner._idle = frozenset()
+        runner._prefix.clear()  # it was not that of all layers
+    return runner
+
+
+@torch.no_grad()
+def _try_out(runner: PackedRunner) -> None:
     decoder, prefix = runner.decoder, runner.prefix_ids
     vocabulary = decoder.head.weight.shape[0]
     sequences = [[(7 * place + 3 * row + 1) % vocabulary for place in range(5 + 4 * row)] for row in range(2)]
@@ -439,7 +638,6 @@ def _tried(runner: PackedRunner) -> PackedRunner:
         error = float((found.float() - expected.float()).norm() / expected.float().norm())
         if not error <= pass_tolerance(decoder.dtype):
             raise _unsupported(f"{name} to end as the model's own", f"a relative difference of {error:.2g}")
-    return runner
 
 
 def pass_tolerance(dtype: torch.dtype) -> float:

@@ -111,7 +111,8 @@ def inspect_decoder(model: nn.Module) -> Decoder:
     """Take a causal language model apart, and check by one short forward pass that the parts make the whole.
 
     The pass runs four tokens: every decoder layer must be called once and in order, and the head applied to the final
-    hidden states must give the model's own logits. Raises `UnsupportedError` if not.
+    hidden states must give the model's own logits. Raises `UnsupportedError` if not. Of a model whose linear weights
+    are read when they are needed, the last layer alone is run, and the others hand on what they are given.
     """
     stack, layers = find_layers(model)
     config = text_config(model)
@@ -125,8 +126,9 @@ def inspect_decoder(model: nn.Module) -> Decoder:
     handles = [layer.register_forward_hook(note_call(index)) for index, layer in enumerate(layers)]
     handles.append(stack.register_forward_hook(lambda module, args, output: final.append(output[0])))
     tokens = torch.arange(4, device=next(layers[0].parameters()).device)[None] % head.weight.shape[0]
+    idle = layers[:-1] if hasattr(model, "layer_weights") else layers[:0]
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), _handing_on(idle):
             logits = model(input_ids=tokens, use_cache=False).logits
     finally:
         for handle in handles:
@@ -144,8 +146,20 @@ def inspect_decoder(model: nn.Module) -> Decoder:
         head=head,
         hidden_size=head.weight.shape[1],
         context_length=getattr(config, "max_position_embeddings", None),
-        returns_tuple=calls[0][1],
+        returns_tuple=calls[-1][1],
     )
+
+
+@contextmanager
+def _handing_on(layers: nn.ModuleList) -> Iterator[None]:
+    """Let layers return what they are given, as a tensor: what transformers' layers do since version 5."""
+    for layer in layers:
+        layer.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
 
 
 def _find_head(model: Any, config: Any) -> Head:
@@ -218,7 +232,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the configuration and a sample of every parameter: tells whether two models are the same."""
+    """SHA-256 over the configuration and a sample of every parameter: tells whether two models are the same.
+
+    A model whose linear weights are not its parameters knows its own (see skeleton.py).
+    """
+    known = getattr(getattr(model, "layer_weights", None), "fingerprint", "")
+    if known:
+        return str(known)
     config = text_config(model).to_dict()
     for volatile in (
         "_name_or_path",

@@ -6,7 +6,7 @@ apply as they are. Layers that are not wanted hand on what they are given, and l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -102,8 +102,61 @@ def run_suffix(
     return output[0]
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the stack makes of its inputs before the first layer, and what it calls each layer with."""
+
+    entering: Tensor  # (B, T, D), what goes into layer 0
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]  # positional and keyword arguments beside hidden states
+
+
+def rehearse(
+    decoder: Decoder,
+    *,
+    input_ids: Tensor | None = None,  # (B, T), or
+    inputs_embeds: Tensor | None = None,  # (B, T, D)
+    position_ids: Tensor | None = None,  # (B, T)
+) -> Rehearsal:
+    """Run the stack without its layers, and note how it calls them: with masks, rotary tables and the like.
+
+    `run_layer` can then run each of them when its weights are at hand.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    entering: list[Tensor] = []
+
+    def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        entering.append(hidden_states)
+        calls.append((args, kwargs))
+        return (hidden_states,) if decoder.returns_tuple else hidden_states
+
+    with torch.no_grad(), _with_forwards(decoder, dict.fromkeys(range(decoder.num_layers), note)):
+        decoder.stack(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
+    return Rehearsal(entering[0], tuple(calls))
+
+
+def run_layer(decoder: Decoder, rehearsal: Rehearsal, layer: int, hidden: Tensor) -> Tensor:
+    """Output (B, T, D) of one layer."""
+    args, kwargs = rehearsal.calls[layer]
+    output = decoder.layers[layer](hidden, *args, **kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def finish(decoder: Decoder, hidden: Tensor) -> Tensor:
+    """Final hidden states (B, T, D), after the final norm, when the last layer puts out `hidden` (B, T, D)."""
+    replacements = dict.fromkeys(range(decoder.num_layers - 1), _identity)
+    with _replaced(decoder, {**replacements, decoder.num_layers - 1: lambda _: hidden}):
+        result: Tensor = decoder.stack(inputs_embeds=hidden.detach(), use_cache=False)[0]
+    return result
+
+
 def _identity(hidden: Tensor) -> Tensor:
     return hidden
+
+
+def handing_on(decoder: Decoder, layers: Iterable[int]) -> AbstractContextManager[None]:
+    """Within the context, these layers are not run, and hand on what they are given."""
+    return _replaced(decoder, dict.fromkeys(layers, _identity))
 
 
 @contextmanager

@@ -70,6 +70,16 @@ def prompt_key(ids: Sequence[int], layers: Sequence[int]) -> str:
     return _hash("prompt", list(ids), list(layers))
 
 
+def prefix_key(ids: Sequence[int], layer: int) -> str:
+    """Key of what a runner keeps of a prefix, for suffixes from `layer` on."""
+    return _hash("prefix", list(ids), layer)
+
+
+def check_key(ids: Sequence[int]) -> str:
+    """Key of a sequence's final hidden states at all tokens, which a suffix is compared with."""
+    return _hash("check", list(ids))
+
+
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +26,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cdas_fast.data.rows import TokenRows, TrainingRow
-from cdas_fast.errors import InvalidInputError, NonFiniteError, StorageError, UnsupportedError, expected_got
+from cdas_fast.errors import InvalidInputError, StorageError, UnsupportedError, expected_got
 from cdas_fast.models.packed import Packing, Rows, Runner, make_runner, pass_tolerance, shared_prefix
+from cdas_fast.models.skeleton import layer_weights
 from cdas_fast.models.structure import Decoder, model_fingerprint
-from cdas_fast.models.suffix import Capture, capture_activations
+from cdas_fast.models.suffix import capture_activations
 from cdas_fast.ops.implementation import Implementation, choose_implementation
 from cdas_fast.storage import sha256_of
-from cdas_fast.training.activation_store import ActivationStore, base_key, prompt_key, source_key
+from cdas_fast.training.activation_store import ActivationStore, check_key
+from cdas_fast.training.sequences import SequencePass, cached_sequences, require_finite
 
 COMMIT_SECONDS = 2.0  # a store is brought to the disk so often: what a kill can lose
 
@@ -190,32 +192,15 @@ def build_cache(
     if store is not None:
         _check_store(store, cache_identity(runner, layers, impl))
     shared = len(runner.prefix_ids)
-    base = [_base_sequence(row, layers[0], shared) for row in rows.rows]
-    source = [_source_sequence(row, layers, shared) for row in rows.rows]
-    first_pair = rows.rows[0].pair
-    sides = {"positive": rows.positive_prompts, "negative": rows.negative_prompts}
-    covered = {(row.toward, row.pair - first_pair): one for row, one in zip(rows.rows, source, strict=True)}
-    prompts = {
-        (side, pair): _prompt_sequence(ids, f"{side} prompt of pair {pair + first_pair}", layers, shared)
-        for side, of_side in sides.items()
-        for pair, ids in enumerate(of_side)
-        if (side, pair) not in covered
-    }
-    passes = [
-        _Pass.of(source, layers, None),
-        _Pass.of(base, layers[:1], layers[0]),
-        _Pass.of(prompts.values(), layers, layers[-1]),
-    ]
+    sequences = cached_sequences(rows, layers, shared)
     kept: _Kept | None = None
     entries: Entries
     if store is None:
-        entries = kept = _Kept(passes, decoder.hidden_size, decoder.dtype, memory_bytes, folder)
+        entries = kept = _Kept(sequences.passes, decoder.hidden_size, decoder.dtype, memory_bytes, folder)
     else:
         entries = store
-    _run(passes, runner, entries, micro_batch_tokens, description, progress)
-    by_side = covered | prompts
-    of_pairs = [[by_side[side, pair] for pair in range(len(of_side))] for side, of_side in sides.items()]
-    keys = [tuple(each.key for each in sequences) for sequences in (base, source, *of_pairs)]
+    _run(sequences.passes, runner, entries, micro_batch_tokens, description, progress)
+    keys = [tuple(each.key for each in of_kind) for of_kind in sequences.kinds]
     folder_of_files = None if kept is None else kept.folder
     cache = ActivationCache(rows, runner, layers, entries, keys[0], keys[1], keys[2], keys[3], folder_of_files)
     _check_suffix(decoder, cache)
@@ -266,108 +251,8 @@ def rows_prefix(row_sets: Iterable[TokenRows], longest: int) -> tuple[int, ...]:
     return shared_prefix([ids for rows in row_sets for ids in _sequences(rows)], longest)
 
 
-def batches_by_tokens(
-    order: Iterable[int], lengths: Sequence[int], max_tokens: int, *, pads: bool = True
-) -> list[list[int]]:
-    """Cut `order` into runs whose size is at most `max_tokens`: the sum of the lengths, or with `pads` count x longest.
-
-    There are as few as that allows, and the largest is as small as their number allows. A sequence that is longer by
-    itself makes a batch of one.
-    """
-    order = list(order)
-    batches = _cut(order, lengths, max_tokens, pads)
-    low, high = max((lengths[index] for index in order), default=0), max_tokens
-    while low < high:  # the smallest size that needs no more batches
-        middle = (low + high) // 2
-        if len(_cut(order, lengths, middle, pads)) <= len(batches):
-            high = middle
-        else:
-            low = middle + 1
-    return _cut(order, lengths, low, pads) if low <= max_tokens else batches
-
-
-def _cut(order: Sequence[int], lengths: Sequence[int], max_tokens: int, pads: bool) -> list[list[int]]:
-    """Put each into the batch of the one before it while that has room."""
-    batches: list[list[int]] = []
-    longest = total = 0
-    for index in order:
-        length = lengths[index]
-        size = (len(batches[-1]) + 1) * max(longest, length) if batches and pads else total + length
-        if batches and size <= max_tokens:
-            batches[-1].append(index)
-            longest, total = max(longest, length), total + length
-        else:
-            batches.append([index])
-            longest = total = length
-    return batches
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """A sequence that is run, and what is kept of it."""
-
-    name: str  # how errors name it
-    ids: tuple[int, ...]  # the prefix included
-    key: str
-    lengths: Mapping[str, int]  # of each tensor that is kept, (length, D)
-    read: Callable[[Capture, int], dict[str, Tensor]]  # these tensors, from a pass in which it begins at a token
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """Sequences that are run alike, see `Runner.capture`."""
-
-    sequences: Sequence[_Sequence]
-    layers: Sequence[int]
-    stop_after: int | None
-
-    @classmethod
-    def of(cls, sequences: Iterable[_Sequence], layers: Sequence[int], stop_after: int | None) -> _Pass:
-        """A pass over each of the sequences once."""
-        return cls(list({sequence.key: sequence for sequence in sequences}.values()), layers, stop_after)
-
-    def batches(self, shared: int, max_tokens: int, pads: bool) -> list[list[_Sequence]]:
-        """The sequences by length, as many in a batch as `batches_by_tokens` says."""
-        lengths = [len(sequence.ids) - shared for sequence in self.sequences]
-        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        batches = batches_by_tokens(order, lengths, max_tokens, pads=pads)
-        return [[self.sequences[index] for index in batch] for batch in batches]
-
-
-def _base_sequence(row: TrainingRow, layer: int, shared: int) -> _Sequence:
-    length = len(row.base.ids) - shared
-
-    def read(captured: Capture, begin: int) -> dict[str, Tensor]:
-        return {"hidden": captured.hidden[layer][begin : begin + length]}
-
-    return _Sequence(row.name, row.base.ids, base_key(row.base.ids, layer), {"hidden": length}, read)
-
-
-def _source_sequence(row: TrainingRow, layers: Sequence[int], shared: int) -> _Sequence:
-    sequence, position = row.source, row.source_position
-
-    def read(captured: Capture, begin: int) -> dict[str, Tensor]:
-        assert captured.final is not None
-        start = begin + sequence.prompt_length - 1 - shared
-        return {
-            "final": captured.final[start : start + sequence.response_length],
-            "source": torch.stack([captured.hidden[layer][begin + position - shared] for layer in layers]),
-        }
-
-    key = source_key(sequence.ids, sequence.prompt_length, position, layers)
-    return _Sequence(row.name, sequence.ids, key, {"final": sequence.response_length, "source": len(layers)}, read)
-
-
-def _prompt_sequence(ids: tuple[int, ...], name: str, layers: Sequence[int], shared: int) -> _Sequence:
-    def read(captured: Capture, begin: int) -> dict[str, Tensor]:
-        last = begin + len(ids) - 1 - shared
-        return {"source": torch.stack([captured.hidden[layer][last] for layer in layers])}
-
-    return _Sequence(name, ids, prompt_key(ids, layers), {"source": len(layers)}, read)
-
-
 def _run(
-    passes: Sequence[_Pass],
+    passes: Sequence[SequencePass],
     runner: Runner,
     entries: Entries,
     micro_batch_tokens: int,
@@ -402,7 +287,7 @@ def _run(
                 captured = runner.capture(ids, one.layers, stop_after=one.stop_after)
                 for sequence, begin in zip(batch, _starts(map(len, ids)), strict=False):
                     tensors = sequence.read(captured, begin)
-                    _require_finite(sequence.name, one.layers[0], tensors)
+                    require_finite(sequence.name, one.layers[0], tensors)
                     writer.add(sequence.key, tensors)
             bar.update(count)
             if time.monotonic() - committed >= COMMIT_SECONDS:
@@ -415,7 +300,7 @@ class _Kept:
 
     def __init__(
         self,
-        passes: Sequence[_Pass],
+        passes: Sequence[SequencePass],
         width: int,
         dtype: torch.dtype,
         memory_bytes: int,
@@ -505,10 +390,16 @@ def _check_store(store: ActivationStore, identity: Mapping[str, Any]) -> None:
 def _check_suffix(decoder: Decoder, cache: ActivationCache) -> None:
     """Compare the suffix from the cache with a whole forward pass, so that no unusual model is trained wrongly."""
     row = cache.row(0)
-    ids = torch.tensor([row.row.base.ids], device=decoder.device)
-    whole = capture_activations(decoder, ids, []).final
-    assert whole is not None
-    right = whole[0, cache.shared_prefix_length :].float()
+    if layer_weights(decoder.model) is None:
+        ids = torch.tensor([row.row.base.ids], device=decoder.device)
+        whole = capture_activations(decoder, ids, []).final
+        assert whole is not None
+        right = whole[0, cache.shared_prefix_length :].float()
+    else:  # a whole pass of its own would read all weights again
+        stored = cache.entries.get(check_key(row.row.base.ids))
+        if stored is None:
+            return  # it is that of the first concept alone
+        right = stored["final"].to(decoder.device).float()
     hidden = row.base_hidden.to(decoder.device)
     with torch.no_grad():
         found = cache.runner.suffix(cache.layers[0], hidden, Rows((len(hidden),), cache.shared_prefix_length)).float()
@@ -543,14 +434,6 @@ def _check_runner(runner: Runner, decoder: Decoder, rows: TokenRows, longest: in
             wanted = f"every sequence to begin with the runner's prefix of {len(prefix)} tokens and to go on"
             got = f"one of {len(ids)} tokens, {list(ids[: len(prefix) + 1])}"
             raise InvalidInputError(expected_got("runner", wanted, got, "Make it for `rows_prefix` of all rows."))
-
-
-def _require_finite(row: str, layer: int, tensors: Mapping[str, Tensor]) -> None:
-    meanings = {"source": "source activation", "final": "final hidden state", "hidden": f"activation at layer {layer}"}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            remedy = "Load the model in float32 or bfloat16, or remove the pair."
-            raise NonFiniteError(expected_got(f"{row}: {meanings[name]}", "finite numbers", "NaN or infinity", remedy))
 
 
 def _starts(lengths: Iterable[int]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from cdas_fast.data.prompts import PromptFormat
 from cdas_fast.data.rows import TokenRows, tokenize_pairs
 from cdas_fast.environment import versions
 from cdas_fast.errors import InvalidInputError, expected_got
+from cdas_fast.models.layer_weights import LayerWeights
 from cdas_fast.models.packed import Runner, make_runner
+from cdas_fast.models.skeleton import layer_weights
 from cdas_fast.models.structure import Decoder, model_fingerprint
 from cdas_fast.steering.vector import Factors, SteeringVector
 from cdas_fast.training.activation_store import ActivationStore
@@ -33,8 +35,10 @@ from cdas_fast.training.directions import (
     principal_direction,
     random_direction,
 )
+from cdas_fast.training.layer_order import LayerOrderPass
 from cdas_fast.training.objective import DivergenceObjective
 from cdas_fast.training.run_folder import ACTIVATIONS, Checkpoint, RunFolder, StepRecord
+from cdas_fast.training.sequences import cached_sequences, check_pass, merged_passes
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class RunContext:
         self.prefix_length = self.format.prefix_length if config.prefix_length is None else config.prefix_length
         self.fingerprint = model_fingerprint(decoder.model)
         self.prefix_ids: tuple[int, ...] = ()
+        self.cache_seconds = 0.0  # of the pass over all concepts, if there was one
 
     def tokenize(self, pairs: ContrastivePairs) -> TokenRows:
         """The rows of the pairs."""
@@ -99,6 +104,38 @@ class RunContext:
         """The store that outlives the run, if there is to be one."""
         return None if self.activations_dir is None else self.store_in(self.activations_dir)
 
+    @property
+    def weights(self) -> LayerWeights | None:
+        """The linear weights of a model whose layers do not hold theirs."""
+        return layer_weights(self.decoder.model)
+
+    def cache_in_layer_order(self, concepts: Iterable[ConceptRun]) -> None:
+        """Compute what is missing of the activations of all concepts, in one pass that reads each weight once."""
+        weights, store = self.weights, self.kept_store
+        assert weights is not None
+        assert store is not None
+        shared = len(self.prefix_ids)
+        sets = [
+            cached_sequences(self.tokenize(pairs), self.config.layers, shared)
+            for concept in concepts
+            for pairs in (concept.pairs, concept.held_out)
+            if pairs is not None
+        ]
+        if not sets:
+            return
+        started = time.perf_counter()
+        LayerOrderPass(
+            self.runner,
+            weights,
+            [*merged_passes(sets), check_pass(sets[0], shared)],
+            store,
+            store.path.with_suffix(".scratch"),
+            micro_batch_tokens=self.config.micro_batch_tokens,
+            memory_bytes=self.config.cache_bytes,
+            progress=self.progress,
+        ).run()
+        self.cache_seconds = time.perf_counter() - started
+
     @functools.cached_property
     def objective(self) -> DivergenceObjective:
         """The loss of the rows of any concept."""
@@ -110,6 +147,7 @@ class RunContext:
             beta=self.config.beta,
             micro_batch_tokens=self.config.micro_batch_tokens,
             recompute=self.config.recompute,
+            activation_bytes=self.config.activation_bytes,
             impl=self.config.impl,
         )
 
@@ -186,7 +224,7 @@ class ConceptRun:
 
         cache = cached(self.pairs, "Caching activations")
         held_out = None if self.held_out is None else cached(self.held_out, "Caching held-out activations")
-        self.cache_seconds = time.perf_counter() - started
+        self.cache_seconds = time.perf_counter() - started + context.cache_seconds
         self.initial = self._initial_direction(cache)
         self.first_step = 0 if checkpoint is None else checkpoint.step
         self._round_before = round_ - self.first_step  # of its first step

@@ -82,6 +82,9 @@ class TrainingConfig:
         micro_batch_tokens: tokens that go through the suffix at once, pads counted; bounds memory, not the result.
         recompute: keep no activations of the layers for the backward pass, which runs them once more: a third of the
             time more, for the memory of one hidden state a layer. It does not bear on the result.
+        activation_bytes: of a model whose layers are read when they are needed, memory for what layers keep for the
+            backward pass: as many as fit keep it, the others run once more. None for no limit; with `recompute` none
+            keeps anything. It does not bear on the result.
         cache_bytes: without an output folder, activations are kept in memory up to this size, and in temporary
             memory-mapped files beyond it.
         checkpoint_every: steps between checkpoints.
@@ -115,6 +118,7 @@ class TrainingConfig:
     concepts_together: int | None = None
     micro_batch_tokens: int = 4096
     recompute: bool = False
+    activation_bytes: int | None = None
     cache_bytes: int = 4 * 2**30
     checkpoint_every: int = 10
     evaluate_every: int = 1
@@ -152,6 +156,11 @@ class TrainingConfig:
             ("beta", 0 < self.beta < 1, "a number strictly between 0 and 1"),
             ("max_grad_norm", self.max_grad_norm > 0, "a number above 0"),
             ("prefix_length", self.prefix_length is None or self.prefix_length >= 0, "None or at least 0"),
+            (
+                "activation_bytes",
+                self.activation_bytes is None or self.activation_bytes >= 0,
+                "None or a number of bytes of at least 0",
+            ),
             ("cache_bytes", self.cache_bytes >= 0, "a number of bytes of at least 0"),
             ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
         ):
@@ -205,6 +214,7 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, for telling whether a run may be resumed."""
         result = self.to_dict()
-        for name in ("cache_bytes", "checkpoint_every", "evaluate_every", "concepts_together", "recompute"):
+        memory_and_speed = ("cache_bytes", "concepts_together", "recompute", "activation_bytes")
+        for name in (*memory_and_speed, "checkpoint_every", "evaluate_every"):
             del result[name]
         return result

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,23 @@ from tqdm.auto import tqdm
 from cdas_fast.data.pairs import ContrastivePairs
 from cdas_fast.distributed.processes import Processes
 from cdas_fast.errors import InvalidInputError, NonFiniteError, expected_got
+from cdas_fast.models.layer_weights import spread
 from cdas_fast.models.loading import load_model
+from cdas_fast.models.skeleton import layer_weights
 from cdas_fast.models.structure import frozen, inspect_decoder
 from cdas_fast.steering.vector import SteeringVector
 from cdas_fast.storage import sha256_of
 from cdas_fast.training.concept import StepInfo, step_together
 from cdas_fast.training.concept_run import ConceptResult, ConceptRun, RunContext, agreed_prefix
 from cdas_fast.training.config import TrainingConfig
-from cdas_fast.training.run_folder import Checkpoint, StepRecord, common_round, refuse_used_folder
+from cdas_fast.training.run_folder import (
+    ACTIVATIONS,
+    ARTIFACT_CONFIG,
+    Checkpoint,
+    StepRecord,
+    common_round,
+    refuse_used_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ def train(
     progress: bool = True,
     dtype: torch.dtype | str = "auto",
     device: str | torch.device | None = None,
+    load_in_4bit: bool = False,
+    resident_layers: int | None = None,
     processes: Processes | None = None,
 ) -> TrainingResult:
     """Learn a direction along which an interchange makes the model answer as it does to the counterfactual prompt.
@@ -101,6 +115,9 @@ def train(
         progress: whether to show progress bars (never if the standard error is no terminal).
         dtype: of a model given by name.
         device: of a model given by name.
+        load_in_4bit: of a model given by name, see `load_model`.
+        resident_layers: of a model given by name, how many of the layers beyond the intervened ones stay on the device;
+            the others are read twice a step, however many micro-batches it has. All stay if None.
         processes: of several that train the same pairs, which one this is: each takes its share of the concepts.
 
     Returns:
@@ -136,16 +153,17 @@ def train(
             others = processes is not None and processes.count > 1
             for folder in folders.values() if others else [output_dir]:
                 refuse_used_folder(folder)  # type: ignore[arg-type]
-    model, tokenizer = load_model(model, tokenizer, dtype=dtype, device=device)
+    model, tokenizer = load_model(
+        model, tokenizer, dtype=dtype, device=device, load_in_4bit=load_in_4bit, resident_layers=resident_layers
+    )
     decoder = inspect_decoder(model)
     for layer in config.layers:
         decoder.layer_index(layer)
     if decoder.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(decoder.device)
-    with frozen(model):
-        context = RunContext(
-            decoder, tokenizer, config, None if activations_dir is None else Path(activations_dir), progress
-        )
+    kept = _activations_folder(model, output_dir, activations_dir, list(sizes))
+    with frozen(model), kept as activations, _suffix_kept(model, config):
+        context = RunContext(decoder, tokenizer, config, activations, progress)
         concepts = []
         quiet = None if progress and several else True
         for concept_id in tqdm(own, desc="Reading pairs", unit="concept", leave=False, disable=quiet):
@@ -162,6 +180,47 @@ def train(
         raise next(iter(failed.values()))
     in_order = {concept_id: results[concept_id] for concept_id in own if concept_id in results}
     return TrainingResult(in_order, peak_memory_bytes(decoder.device), failed)
+
+
+@contextmanager
+def _activations_folder(
+    model: nn.Module,
+    output_dir: str | os.PathLike[str] | None,
+    given: str | os.PathLike[str] | None,
+    concept_ids: Sequence[int],
+) -> Iterator[Path | None]:
+    """The folder given; else one for all concepts of the run, if their activations are computed at once.
+
+    That is so if the model's layers do not hold their weights. None if each concept is to have a folder of its own.
+    """
+    if given is not None or layer_weights(model) is None:
+        yield None if given is None else Path(given)
+        return
+    if output_dir is None:
+        with tempfile.TemporaryDirectory(prefix="cdas-fast-") as folder:
+            yield Path(folder)
+        return
+    folder_of_run = Path(output_dir) / ACTIVATIONS
+    yield folder_of_run  # upon an error it stays: a later run goes on with it
+    folders = [Path(output_dir) / f"concept_{each}" for each in concept_ids] if len(concept_ids) > 1 else [output_dir]
+    if all((Path(folder) / ARTIFACT_CONFIG).is_file() for folder in folders):  # other processes may be at work
+        shutil.rmtree(folder_of_run, ignore_errors=True)  # Windows keeps what is open
+
+
+@contextmanager
+def _suffix_kept(model: nn.Module, config: TrainingConfig) -> Iterator[None]:
+    """Let the layers that stay on the device be some of those that training needs."""
+    weights = layer_weights(model)
+    if weights is None:
+        yield
+        return
+    before = weights.resident
+    needed = range(config.layers[0] + 1, weights.count)
+    weights.keep(needed if len(before) == weights.count else spread(needed, len(before)))
+    try:
+        yield
+    finally:
+        weights.keep(before)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -202,6 +261,8 @@ class _Schedule:
                 del found[concept.concept_id]
         self.round, states = common_round(found, self.company)
         pending = deque(concept for concept in self.concepts if not concept.is_complete)
+        if self.context.weights is not None:
+            self.context.cache_in_layer_order(pending)
         bar = tqdm(
             total=sum(concept.total_steps for concept in pending),
             initial=sum(state.step for state in states.values()),

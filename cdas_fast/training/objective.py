@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from cdas_fast.errors import InvalidInputError, expected_got
+from cdas_fast.models.layer_major import KeepUpTo, run_layer_major
 from cdas_fast.models.packed import Rows, Runner
+from cdas_fast.models.skeleton import layer_weights
 from cdas_fast.models.structure import Decoder
 from cdas_fast.ops import clamp, linear_jsd
 from cdas_fast.ops.implementation import Implementation
 from cdas_fast.ops.interchange import project
-from cdas_fast.training.cache import CachedRow, batches_by_tokens
+from cdas_fast.training.cache import CachedRow
 from cdas_fast.training.config import Reduction
+from cdas_fast.training.sequences import batches_by_tokens
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class DivergenceObjective:
         beta: weight of the target, see `linear_jsd`.
         micro_batch_tokens: tokens that go through the suffix at once, pads counted.
         recompute: keep no activations for the backward pass, see `run_suffix`.
+        activation_bytes: memory for those that are kept, where micro-batches go through the layers together; None for
+            no limit.
         impl: implementation of the ops.
 
     Raises:
@@ -116,6 +121,7 @@ class DivergenceObjective:
         beta: float = 0.5,
         micro_batch_tokens: int = 4096,
         recompute: bool = False,
+        activation_bytes: int | None = None,
         impl: Implementation = "auto",
     ) -> None:
         if prefix_length < len(runner.prefix_ids):
@@ -128,6 +134,9 @@ class DivergenceObjective:
         self.beta = beta
         self.micro_batch_tokens = micro_batch_tokens
         self.recompute = recompute
+        self._weights = layer_weights(decoder.model)
+        budget = float("inf") if activation_bytes is None else float(activation_bytes)
+        self._keep = KeepUpTo(0.0 if recompute else budget)
         self.impl: Implementation = impl
 
     @torch.no_grad()
@@ -155,31 +164,31 @@ class DivergenceObjective:
         Returns:
             Sums of the divergence over the response of each row, (rows,) float32.
         """
-        sums = []
+        sums, pending = [], []
         for batch, owner, token_losses in self._token_losses(rows, intervention, concepts):
             weights = torch.tensor([row_weights[place] for place in batch.places], device=owner.device)
-            torch.autograd.backward((token_losses * weights[owner].to(token_losses.dtype)).sum())
+            loss = (token_losses * weights[owner].to(token_losses.dtype)).sum()
+            if self.is_layer_major:
+                pending.append(loss)
+            else:
+                torch.autograd.backward(loss)
             sums.append((batch, _row_sums(batch, owner, token_losses.detach())))
+        if pending:
+            torch.autograd.backward(pending)
         return _in_order(sums, len(rows))
+
+    @property
+    def is_layer_major(self) -> bool:
+        """Whether all micro-batches go through a layer before any goes through the next: see layer_major.py."""
+        beyond = range(self.layers[0] + 1, self.decoder.num_layers)
+        return self._weights is not None and not self._weights.resident.issuperset(beyond)
 
     def _token_losses(
         self, rows: Sequence[CachedRow], intervention: Intervention, concepts: Sequence[int] | None = None
     ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """For each micro-batch: per response token its row's place in the batch, and its loss."""
         head = self.decoder.head
-        lengths = [len(row.base_hidden) for row in rows]
-        order = sorted(range(len(rows)), key=lambda place: -lengths[place])
-        for places in batches_by_tokens(order, lengths, self.micro_batch_tokens, pads=self.runner.pads):
-            asked = [rows[place] for place in places]
-            batch, hidden = self._assemble(asked, tuple(places), concepts)
-            edited = intervention(hidden, 0, batch)
-            edits = {
-                layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(self.layers) if slot > 0
-            }
-            owners, predicting, target = self._responses(asked, batch)
-            final = self.runner.suffix(
-                self.layers[0], edited, batch.rows, edits=edits, positions=predicting, recompute=self.recompute
-            )
+        for batch, owners, target, final in self._finals(rows, intervention, concepts):
             losses = linear_jsd(
                 final,
                 target,
@@ -192,6 +201,38 @@ class DivergenceObjective:
                 impl=self.impl,
             )
             yield batch, owners, losses
+
+    def _finals(
+        self, rows: Sequence[CachedRow], intervention: Intervention, concepts: Sequence[int] | None
+    ) -> Iterator[tuple[MicroBatch, Tensor, Tensor, Tensor]]:
+        """For each micro-batch: per response token its row's place in the batch, target and final hidden state."""
+        lengths = [len(row.base_hidden) for row in rows]
+        order = sorted(range(len(rows)), key=lambda place: -lengths[place])
+        first = self.layers[0]
+        begun = []
+        for places in batches_by_tokens(order, lengths, self.micro_batch_tokens, pads=self.runner.pads):
+            asked = [rows[place] for place in places]
+            batch, hidden = self._assemble(asked, tuple(places), concepts)
+            edited = intervention(hidden, 0, batch)
+            edits = {
+                layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(self.layers) if slot > 0
+            }
+            owners, predicting, target = self._responses(asked, batch)
+            if self.is_layer_major:
+                one = self.runner.begin_suffix(first, edited, batch.rows, edits=edits, positions=predicting)
+                begun.append((batch, owners, target, one))
+                continue
+            final = self.runner.suffix(
+                first, edited, batch.rows, edits=edits, positions=predicting, recompute=self.recompute
+            )
+            yield batch, owners, target, final
+        if begun:
+            assert self._weights is not None
+            passes, hidden_states = zip(*(one for *_, one in begun), strict=True)
+            beyond = range(first + 1, self.decoder.num_layers)
+            finals = run_layer_major(passes, hidden_states, beyond, self._weights, self._keep)
+            for (batch, owners, target, _), final in zip(begun, finals, strict=True):
+                yield batch, owners, target, final
 
     def _responses(self, rows: Sequence[CachedRow], batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """For each response token: its row in the batch, the packed token that predicts it, its target (D,)."""

@@ -1,0 +1,171 @@
+"""Tensors of a safetensors checkpoint, in one file or several, read one at a time into memory that is there already.
+
+A file is an 8-byte length, a header in JSON, and the data: https://huggingface.co/docs/safetensors. What is read does
+not go through a memory map, so that nothing but the tensor asked for counts as memory of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from cdas_fast.errors import InvalidInputError, StorageError, expected_got
+from cdas_fast.storage import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES: Final[dict[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LONGEST_HEADER = 100_000_000  # bytes; that of the format
+_AGAIN = "The file is truncated or corrupt: download or copy it again."
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # from the beginning of the file
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size."""
+        return self.numel * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, in new memory of the CPU."""
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        self.read_into(data)
+        return data.view(self.dtype).view(self.shape) if self.numel else torch.empty(self.shape, dtype=self.dtype)
+
+    def read_into(self, data: Tensor) -> None:
+        """Read its bytes into `data` (nbytes,), uint8 on the CPU.
+
+        Raises:
+            StorageError: the file is gone, shorter than it was, or cannot be read.
+        """
+        if not self.nbytes:
+            return
+        view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.offset)
+                while done < self.nbytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        break
+                    done += count
+        except OSError as error:
+            remedy = "Mend the disk or its mount, or copy the file again, and resume."
+            raise StorageError(
+                expected_got(f"{self.path}: {self.name}", "to be read", error.strerror, remedy)
+            ) from error
+        if done < self.nbytes:
+            what, wanted = f"{self.path}: {self.name}", f"{self.nbytes} bytes at {self.offset}"
+            raise StorageError(expected_got(what, wanted, done, _AGAIN))
+
+
+class Shards(Mapping[str, StoredTensor]):
+    """The tensors of a checkpoint folder by name. Every file's header is read and its length checked; no data are.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+
+    Raises:
+        InvalidInputError: there is neither, or an index that is none.
+        StorageError: a file that is missing, truncated or corrupt, by name.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._tensors: dict[str, StoredTensor] = {}
+        if (self.folder / INDEX).is_file():
+            names = self._indexed()
+        elif (self.folder / SINGLE).is_file():
+            names = [SINGLE]
+        else:
+            wanted = f"{SINGLE} or {INDEX} in the model's folder"
+            remedy = "Save the model with save_pretrained(..., safe_serialization=True)."
+            raise InvalidInputError(expected_got(f"model {self.folder}", wanted, "neither", remedy))
+        for name in names:
+            self._tensors |= read_header(self.folder / name)
+        self.paths = tuple(self.folder / name for name in names)
+
+    def _indexed(self) -> list[str]:
+        index = read_json(self.folder / INDEX)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise InvalidInputError(expected_got(str(self.folder / INDEX), "an index with a weight_map", "none"))
+        return sorted(set(files.values()))
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        StorageError: the file is missing, truncated or corrupt.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if not 0 < length <= min(_LONGEST_HEADER, size - 8):
+                raise StorageError(expected_got(str(path), "a safetensors file", f"{size} bytes of another", _AGAIN))
+            header = json.loads(file.read(length))
+    except OSError as error:
+        remedy = "Download or copy the model again."
+        raise StorageError(expected_got(str(path), "a safetensors file", error.strerror, remedy)) from error
+    except ValueError as error:
+        raise StorageError(expected_got(str(path), "a safetensors header", str(error), _AGAIN)) from error
+    tensors = {}
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise StorageError(expected_got(f"{path}: {name}", " or ".join(_DTYPES), entry["dtype"]))
+            stored = StoredTensor(path, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
+            if stored.nbytes != end - begin or 8 + length + end > size:
+                wanted = f"{stored.nbytes} bytes of {name}, and a file of at least {8 + length + end}"
+                raise StorageError(expected_got(str(path), wanted, f"{end - begin}, and {size}", _AGAIN))
+            tensors[name] = stored
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(expected_got(str(path), "a safetensors header", f"one without {error}", _AGAIN)) from error
+    return tensors
