@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +84,30 @@ class Layout:
         }
 
 
+class Scratch:
+    """Memory for one dense weight at a time, used again and again: new pages would cost more than the conversion."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[torch.dtype, Tensor] = {}
+
+    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Memory of a shape, good until the next call of the same dtype."""
+        count, flat = math.prod(shape), self._flat.get(dtype)
+        if flat is None or len(flat) < count:
+            flat = self._flat[dtype] = torch.empty(count, dtype=dtype, device=self.device)
+        return flat[:count].view(shape)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._flat.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Size."""
+        return sum(flat.nbytes for flat in self._flat.values())
+
+
 @dataclass
 class _Slot:
     data: Tensor  # (bytes of the largest layer so far,) uint8 on the device
@@ -102,11 +127,18 @@ class Traffic:
     awaited: int = 0  # layers that were asked for and not there yet
 
 
+class DenseWeights(Protocol):
+    """Who makes the weights of layers."""
+
+    def dense(self, layer: int, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight (O, I) in `dtype`, for reading until the next call at most."""
+
+
 @dataclass(frozen=True)
 class Handle:
     """Who to ask for one weight: see `cdas_fast.ops.handle_linear`."""
 
-    weights: LayerWeights = field(repr=False)
+    weights: DenseWeights = field(repr=False)
     layer: int
     name: str
 
@@ -144,6 +176,7 @@ class LayerWeights:
         self.count, self.device, self.slots, self.host_bytes = count, device, slots, host_bytes
         self.traffic = Traffic()
         self.fingerprint = ""  # of the model that they belong to
+        self.outside: dict[str, StoredTensor] = {}  # where the model's own parameters were read, by their names
         self._layouts = layouts
         self._known: dict[int, Layout] = {}
         self._resident = frozenset(range(count) if resident is None else resident)
@@ -152,9 +185,8 @@ class LayerWeights:
         self._host: dict[int, Tensor] = {}  # pinned
         self._staging: Tensor | None = None  # pinned, for layers without a place of their own there
         self._dense: dict[tuple[str, torch.dtype], Tensor] = {}  # of the layer that is visited
-        # Memory for dense weights, used again and again: new pages would cost more than the conversion.
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}  # of the layers that are visited
-        self._scratch: dict[torch.dtype, Tensor] = {}  # flat, for one weight at a time outside of visits
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}  # for them; see `Scratch`
+        self._scratch = Scratch(device)  # for those outside of visits
         self._visited: int | None = None
         self._last: int | None = None
         self._clock = itertools.count(1)
@@ -186,15 +218,14 @@ class LayerWeights:
         self._kept.clear()
         self._host.clear()
         self._buffers.clear()
-        self._scratch.clear()
+        self._scratch.release()
         self._drop_ring()
 
     @property
     def device_bytes(self) -> int:
         """Memory on the device: resident layers, slots, and memory for dense weights."""
         flats = [*self._kept.values(), *(slot.data for slot in self._ring)]
-        flats += [*self._buffers.values(), *self._scratch.values()]
-        return sum(flat.nbytes for flat in flats)
+        return sum(flat.nbytes for flat in [*flats, *self._buffers.values()]) + self._scratch.nbytes
 
     def dense(self, layer: int, name: str, dtype: torch.dtype) -> Tensor:
         """A weight (O, I) in `dtype`; read now if it is not there. For reading until the next call at most.
@@ -223,10 +254,7 @@ class LayerWeights:
             if buffer is None or buffer.shape != matrix.shape:
                 buffer = self._buffers[name, dtype] = torch.empty(matrix.shape, dtype=dtype, device=self.device)
             return buffer
-        count, flat = math.prod(matrix.shape), self._scratch.get(dtype)
-        if flat is None or len(flat) < count:
-            flat = self._scratch[dtype] = torch.empty(count, dtype=dtype, device=self.device)
-        return flat[:count].view(matrix.shape)
+        return self._scratch.room(matrix.shape, dtype)
 
     @contextmanager
     def visit(self, layer: int, then: int | None = None) -> Iterator[None]:

@@ -93,7 +93,7 @@ def load_skeleton(
     resident = None if resident_layers is None else spread(range(count), resident_layers)
     weights = LayerWeights(layout, count, device, resident=resident)
     names.replace_linear(weights)
-    _read_the_rest(model, names, shards, dtype, device)
+    weights.outside = _read_the_rest(model, names, shards, dtype, device)
     model.eval().requires_grad_(False)
     setattr(model, ATTRIBUTE, weights)
     kind = "nf4" if copy is not None or stored_in_4bit else "plain"
@@ -195,12 +195,18 @@ class _Names:
                 )
 
 
-def _read_the_rest(model: nn.Module, names: _Names, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
-    """Read every parameter that is no linear weight of a layer, and bring buffers to the device."""
+def _read_the_rest(
+    model: nn.Module, names: _Names, shards: Shards, dtype: torch.dtype, device: torch.device
+) -> dict[str, StoredTensor]:
+    """Read every parameter that is no linear weight of a layer, and bring buffers to the device.
+
+    Returns where each parameter was read, by its names in the model.
+    """
     aliases: dict[nn.Parameter, list[str]] = {}  # a tied parameter has two names, and one tensor under either
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(parameter, []).append(names.stored(name))
     read: dict[nn.Parameter, nn.Parameter] = {}
+    sources: dict[nn.Parameter, StoredTensor] = {}
     for parameter, own_names in aliases.items():
         stored = next((shards[name] for name in own_names if name in shards), None)
         if stored is None:
@@ -208,12 +214,15 @@ def _read_the_rest(model: nn.Module, names: _Names, shards: Shards, dtype: torch
         if stored.shape != tuple(parameter.shape):
             what, wanted = f"{stored.path}: {stored.name}", f"shape {tuple(parameter.shape)}, by the configuration"
             raise InvalidInputError(expected_got(what, wanted, stored.shape))
+        sources[parameter] = stored
         read[parameter] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
+    found = {name: sources[own] for name, own in model.named_parameters(remove_duplicate=False)}
     for module in model.modules():
         for name, own in [*module.named_parameters(recurse=False)]:
             module._parameters[name] = read[own]
         for name, buffer in [*module.named_buffers(recurse=False)]:
             module._buffers[name] = buffer.to(device)
+    return found
 
 
 def checkpoint_hash(shards: Shards) -> str:

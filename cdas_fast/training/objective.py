@@ -7,9 +7,11 @@ For each row, with h the base activations, h_src the source activation and q the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.models.layer_major import KeepUpTo, run_layer_major
 from cdas_fast.models.packed import Rows, Runner
 from cdas_fast.models.skeleton import layer_weights
-from cdas_fast.models.structure import Decoder
+from cdas_fast.models.structure import Decoder, Head
+from cdas_fast.models.suffix import Edit
 from cdas_fast.ops import clamp, linear_jsd
 from cdas_fast.ops.implementation import Implementation
 from cdas_fast.ops.interchange import project
@@ -42,6 +45,36 @@ class MicroBatch:
 
 # (hidden (N, D), slot of the layer among the intervened ones, micro-batch) -> hidden (N, D)
 Intervention = Callable[[Tensor, int, MicroBatch], Tensor]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A micro-batch with what goes into its suffix, and what is asked of it."""
+
+    batch: MicroBatch
+    hidden: Tensor  # (N, D), edited
+    edits: Mapping[int, Edit]  # of later layers
+    owners: Tensor  # (M,) of each response token its row's place in the batch
+    predicting: Tensor  # (M,) the packed token that predicts it
+    target: Tensor  # (M, D)
+
+
+class Engine(Protocol):
+    """Who brings the weights of the suffix and of the head where they are needed, for all processes at a time.
+
+    Every process has to run the same number of micro-batches.
+    """
+
+    def run(
+        self, hidden: Tensor, finals: Callable[[Tensor], Tensor], losses: Callable[[Tensor, Head], Tensor]
+    ) -> Tensor:
+        """`losses(finals(hidden), head)`; `finals` runs all layers of the suffix, once and in their order."""
+
+    def rounds(self, count: int) -> int:
+        """How many micro-batches each process has to run, if this one needs `count`."""
+
+    def rest(self) -> None:
+        """Let go what was brought: no micro-batch follows for now."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +139,7 @@ class DivergenceObjective:
         activation_bytes: memory for those that are kept, where micro-batches go through the layers together; None for
             no limit.
         impl: implementation of the ops.
+        engine: what micro-batches go through, if several processes hold the weights together.
 
     Raises:
         InvalidInputError: a prefix shorter than the one that the runner leaves out.
@@ -123,6 +157,7 @@ class DivergenceObjective:
         recompute: bool = False,
         activation_bytes: int | None = None,
         impl: Implementation = "auto",
+        engine: Engine | None = None,
     ) -> None:
         if prefix_length < len(runner.prefix_ids):
             wanted = f"at least {len(runner.prefix_ids)}, which the activations were cached for"
@@ -138,6 +173,7 @@ class DivergenceObjective:
         budget = float("inf") if activation_bytes is None else float(activation_bytes)
         self._keep = KeepUpTo(0.0 if recompute else budget)
         self.impl: Implementation = impl
+        self.engine = engine
 
     @torch.no_grad()
     def evaluate(self, rows: Sequence[CachedRow], intervention: Intervention) -> Tensor:
@@ -181,58 +217,99 @@ class DivergenceObjective:
     def is_layer_major(self) -> bool:
         """Whether all micro-batches go through a layer before any goes through the next: see layer_major.py."""
         beyond = range(self.layers[0] + 1, self.decoder.num_layers)
-        return self._weights is not None and not self._weights.resident.issuperset(beyond)
+        streamed = self._weights is not None and not self._weights.resident.issuperset(beyond)
+        return streamed and self.engine is None
 
     def _token_losses(
         self, rows: Sequence[CachedRow], intervention: Intervention, concepts: Sequence[int] | None = None
     ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """For each micro-batch: per response token its row's place in the batch, and its loss."""
-        head = self.decoder.head
-        for batch, owners, target, final in self._finals(rows, intervention, concepts):
-            losses = linear_jsd(
-                final,
-                target,
-                head.weight,
-                bias=head.bias,
-                logit_softcap=head.logit_softcap,
-                logit_scale=head.logit_scale,
-                beta=self.beta,
-                reduction="none",
-                impl=self.impl,
-            )
-            yield batch, owners, losses
-
-    def _finals(
-        self, rows: Sequence[CachedRow], intervention: Intervention, concepts: Sequence[int] | None
-    ) -> Iterator[tuple[MicroBatch, Tensor, Tensor, Tensor]]:
-        """For each micro-batch: per response token its row's place in the batch, target and final hidden state."""
         lengths = [len(row.base_hidden) for row in rows]
         order = sorted(range(len(rows)), key=lambda place: -lengths[place])
+        divided = [*batches_by_tokens(order, lengths, self.micro_batch_tokens, pads=self.runner.pads)]
+        prepared = (self._prepared(rows, places, intervention, concepts) for places in divided)
+        if self.engine is not None:
+            yield from self._through_engine(self.engine, prepared, len(divided))
+            return
+        for one, final in self._finals(prepared):
+            yield one.batch, one.owners, self._losses(one, final, self.decoder.head)
+
+    def _losses(self, one: _Prepared, final: Tensor, head: Head) -> Tensor:
+        """Of the response tokens of a micro-batch, by their final hidden states."""
+        return linear_jsd(
+            final,
+            one.target,
+            head.weight,
+            bias=head.bias,
+            logit_softcap=head.logit_softcap,
+            logit_scale=head.logit_scale,
+            beta=self.beta,
+            reduction="none",
+            impl=self.impl,
+        )
+
+    def _prepared(
+        self,
+        rows: Sequence[CachedRow],
+        places: Sequence[int],
+        intervention: Intervention,
+        concepts: Sequence[int] | None,
+    ) -> _Prepared:
+        """The micro-batch of the rows at some places."""
+        asked = [rows[place] for place in places]
+        batch, hidden = self._assemble(asked, tuple(places), concepts)
+        edits = {layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(self.layers) if slot > 0}
+        return _Prepared(batch, intervention(hidden, 0, batch), edits, *self._responses(asked, batch))
+
+    def _empty(self) -> _Prepared:
+        """A micro-batch without a response token, of one token that no direction bears on."""
+        decoder, device = self.decoder, self.decoder.device
+        rows, number = Rows((1,), len(self.runner.prefix_ids)), torch.zeros(1, dtype=torch.int64, device=device)
+        hidden = torch.ones(1, decoder.hidden_size, dtype=decoder.dtype, device=device)
+        batch = MicroBatch((), rows, number, hidden[:0], number[:0] == 0, None, None)
+        # it has a gradient, although nobody reads it: the others' backward passes wait for this one's
+        return _Prepared(batch, hidden.clone().requires_grad_(), {}, number[:0], number, hidden)
+
+    def _finals(self, prepared: Iterator[_Prepared]) -> Iterator[tuple[_Prepared, Tensor]]:
+        """For each micro-batch: the final hidden states of its response tokens."""
         first = self.layers[0]
-        begun = []
-        for places in batches_by_tokens(order, lengths, self.micro_batch_tokens, pads=self.runner.pads):
-            asked = [rows[place] for place in places]
-            batch, hidden = self._assemble(asked, tuple(places), concepts)
-            edited = intervention(hidden, 0, batch)
-            edits = {
-                layer: partial(_edit, intervention, slot, batch) for slot, layer in enumerate(self.layers) if slot > 0
-            }
-            owners, predicting, target = self._responses(asked, batch)
-            if self.is_layer_major:
-                one = self.runner.begin_suffix(first, edited, batch.rows, edits=edits, positions=predicting)
-                begun.append((batch, owners, target, one))
-                continue
-            final = self.runner.suffix(
-                first, edited, batch.rows, edits=edits, positions=predicting, recompute=self.recompute
-            )
-            yield batch, owners, target, final
-        if begun:
-            assert self._weights is not None
-            passes, hidden_states = zip(*(one for *_, one in begun), strict=True)
-            beyond = range(first + 1, self.decoder.num_layers)
-            finals = run_layer_major(passes, hidden_states, beyond, self._weights, self._keep)
-            for (batch, owners, target, _), final in zip(begun, finals, strict=True):
-                yield batch, owners, target, final
+        if not self.is_layer_major:
+            for one in prepared:
+                yield one, self._suffix(one, one.hidden)
+            return
+        waiting = [*prepared]
+        begun = [
+            self.runner.begin_suffix(first, one.hidden, one.batch.rows, edits=one.edits, positions=one.predicting)
+            for one in waiting
+        ]
+        if not begun:
+            return
+        assert self._weights is not None
+        passes, hidden_states = zip(*begun, strict=True)
+        beyond = range(first + 1, self.decoder.num_layers)
+        finals = run_layer_major(passes, hidden_states, beyond, self._weights, self._keep)
+        yield from zip(waiting, finals, strict=True)
+
+    def _suffix(self, one: _Prepared, hidden: Tensor) -> Tensor:
+        """Final hidden states of a micro-batch's response tokens."""
+        return self.runner.suffix(
+            self.layers[0],
+            hidden,
+            one.batch.rows,
+            edits=one.edits,
+            positions=one.predicting,
+            recompute=self.recompute,
+        )
+
+    def _through_engine(
+        self, engine: Engine, prepared: Iterator[_Prepared], count: int
+    ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        """As `_token_losses`; of fewer micro-batches than another process has, empty ones follow."""
+        missing = engine.rounds(count) - count
+        for one in itertools.chain(prepared, (self._empty() for _ in range(missing))):
+            losses = engine.run(one.hidden, partial(self._suffix, one), partial(self._losses, one))
+            yield one.batch, one.owners, losses[: len(one.owners)]
+        engine.rest()
 
     def _responses(self, rows: Sequence[CachedRow], batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """For each response token: its row in the batch, the packed token that predicts it, its target (D,)."""
