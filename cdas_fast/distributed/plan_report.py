@@ -7,7 +7,7 @@ from typing import Any
 
 from cdas_fast.distributed.hardware import GIB
 from cdas_fast.distributed.plan_memory import kept_bytes
-from cdas_fast.distributed.plan_time import EXPOSED, FLOAT32_RATE
+from cdas_fast.distributed.plan_time import EXPOSED, FLOAT32_RATE, WAITING
 from cdas_fast.distributed.plan_workload import Strategy
 from cdas_fast.distributed.planner import MARGIN, Decision, Plan
 from cdas_fast.errors import DoesNotFitError
@@ -30,7 +30,7 @@ def describe(decision: Decision) -> str:
     if decision.chosen is None:
         lines += [f"nothing fits; what lacks the least ({LABEL}): {name_of(plan)}"]
     else:
-        lines += [f"plan: {name_of(plan)}", *_where(plan), _why(decision)]
+        lines += [f"plan: {name_of(plan)}", *_where(plan), *_why(decision)]
     lines += ["", *_memory_tables(plan), "", *_considered(decision), "", *_time(plan), "", *_assumptions(plan)]
     if decision.chosen is not None:
         lines += ["", "run it:", f"  {command(plan)}"]
@@ -138,20 +138,24 @@ def _layers(first: int, count: int) -> str:
     return f"layer {first}" if count == 1 else f"layers {first} to {first + count - 1}"
 
 
-def _why(decision: Decision) -> str:
-    """What speaks for the chosen plan."""
+def _why(decision: Decision) -> list[str]:
+    """What speaks for the chosen plan, and what to know about it."""
     chosen = decision.chosen
     assert chosen is not None
-    words = "  why: the shortest estimated step of what fits"
-    simpler = [plan for plan in decision.considered if not plan.strategy.streams and not plan.fits]
+    lines = ["  why: the shortest estimated step of what fits"]
+    simpler = [
+        plan
+        for plan in decision.considered
+        if not plan.fits and not plan.strategy.streams and plan.strategy.processes == chosen.strategy.processes
+    ]
     if chosen.strategy.streams and simpler:
         lack = min(plan.shortfall for plan in simpler)
-        words += f"; to keep all layers resident lacks {lack / GIB:.1f} GiB at least"
+        lines.append(f"  {lack / GIB:.2f} GiB more would hold all layers, with small micro-batches")
     dense = [plan for plan in decision.considered if plan.fits and not plan.strategy.four_bit]
     if chosen.strategy.four_bit and dense:
         seconds = min(plan.step.total for plan in dense)
-        words += f"; unquantised weights fit too, at {_seconds(seconds)} a step (--no-4bit)"
-    return words
+        lines.append(f"  unquantised weights fit as well, at {_seconds(seconds)} a step: --no-4bit")
+    return lines
 
 
 def _memory_tables(plan: Plan) -> list[str]:
@@ -168,8 +172,8 @@ def _memory_tables(plan: Plan) -> list[str]:
         host = plan.machine.host_gib
         taken = "not given, taken to be enough (--host-memory GIB)"
         lines.append(f"  {taken}" if host is None else f"  given: {host:.2f}")
-    files = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.disk.items())
-    return [*lines, "", f"files of {plan.workload.sequences} sequences, GiB ({LABEL}): {files}"]
+    lines += ["", f"files of {plan.workload.sequences} sequences, GiB ({LABEL})"]
+    return [*lines, *(f"  {name:<42}{size / GIB:>10.2f}" for name, size in plan.disk.items())]
 
 
 def _table(title: str, caching: Mapping[str, float], training: Mapping[str, float]) -> Iterator[str]:
@@ -203,7 +207,8 @@ def _time(plan: Plan) -> list[str]:
         f"time ({LABEL}): {_seconds(step.total)} a step; {_seconds(plan.caching_seconds)} to cache "
         f"{plan.workload.sequences} sequences",
         f"  matrix products {_seconds(step.products)} at {machine.card.tflops:g} TFLOPS, weights in memory "
-        f"{_seconds(step.weights)} at {machine.card.bandwidth:g} GB/s, transfers {_seconds(step.transfer)}",
+        f"{_seconds(step.weights)} at {machine.card.bandwidth:g} GB/s, transfers {_seconds(step.transfer)}"
+        + (f", waiting {_seconds(step.waiting)}" if step.waiting else ""),
     ]
 
 
@@ -223,6 +228,8 @@ def _assumptions(plan: Plan) -> list[str]:
         f"- of transfer and computation {EXPOSED:.0%} of the shorter does not hide behind the longer",
         "- tokens count pads; the work of attention beyond its linear maps is left out of the time",
     ]
+    if plan.strategy.streams:
+        lines.append(f"- streaming costs {WAITING:.0%} of the computation besides, in waiting for layers")
     if not machine.is_cpu:
         lines[2] += f"; host to GPU {machine.link:g} GB/s"
     if work.suffix:
@@ -231,8 +238,8 @@ def _assumptions(plan: Plan) -> list[str]:
             for layer in work.suffix
         )
         lines.append(
-            f"- a layer keeps {kept / 1000:.1f} kB a token for its backward pass, by ops that know that weights are frozen; "
-            f"by the modules' own autograd it would be {whole / 1000:.1f}"
+            f"- a layer keeps {kept / 1000:.1f} kB a token for its backward pass, by ops that know that weights are "
+            f"frozen; by the modules' own autograd it would be {whole / 1000:.1f}"
         )
     if machine.is_cpu:
         lines.append("- Python and torch take 0.5 GiB")
@@ -264,6 +271,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
             "products": plan.step.products,
             "weights": plan.step.weights,
             "transfer": plan.step.transfer,
+            "waiting": plan.step.waiting,
         },
         "caching_seconds": plan.caching_seconds,
         "command": command(plan),

@@ -11,6 +11,7 @@ from cdas_fast.distributed.plan_workload import Strategy, Workload
 
 GATHERS = 3  # of every layer a micro-batch: forward, recomputation, backward
 FLOAT32_RATE = 0.25  # of the rate in bfloat16
+WAITING = 0.1  # of the computation of a step that streams: the ring's events, and copies that compete for the memory
 EXPOSED = 0.5  # of the shorter of computation and transfer is taken not to hide behind the longer
 
 
@@ -21,11 +22,12 @@ class StepTime:
     products: float  # of matrices
     weights: float  # traffic of weights in the device's memory: dequantisation, and reading them for the products
     transfer: float  # from host memory, disk or the other GPUs
+    waiting: float  # of a step that streams, for slots of the ring
 
     @property
     def total(self) -> float:
-        """The longer of computation and transfer, and half of the shorter."""
-        computation = self.products + self.weights
+        """The longer of computation, with its waiting, and transfer, and half of the shorter."""
+        computation = self.products + self.weights + self.waiting
         return max(computation, self.transfer) + EXPOSED * min(computation, self.transfer)
 
 
@@ -43,10 +45,13 @@ def step_time(own: Workload, machine: Machine, strategy: Strategy) -> StepTime:
     if strategy.four_bit:
         dequantised = 2 if strategy.streams else passes * batches
         traffic += dequantised * values * (FOUR_BIT_BYTES + own.itemsize)
+    products = flop / (_tflops(own, machine) * 1e12)
+    weights = traffic / (machine.card.bandwidth * 1e9)
     return StepTime(
-        products=flop / (_tflops(own, machine) * 1e12),
-        weights=traffic / (machine.card.bandwidth * 1e9),
+        products=products,
+        weights=weights,
         transfer=_transfer_seconds(own, machine, strategy, batches),
+        waiting=WAITING * (products + weights) if strategy.streams else 0.0,
     )
 
 
