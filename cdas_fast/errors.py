@@ -45,6 +45,12 @@ class StorageError(CDASError, OSError):
     exit_code = 6
 
 
+class DoesNotFitError(CDASError, MemoryError):
+    """A plan needs more memory than there is; the message says by how much, and what would do."""
+
+    exit_code = 7
+
+
 def expected_got(what: str, expected: object, got: object, remedy: str = "") -> str:
     """One line that names `what`, the expectation, the finding and the remedy.
 
