@@ -10,6 +10,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +25,7 @@ MODEL_HELP = "smollm2-135m (embedded), a folder, a .gguf file, or a Hugging Face
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 to 7 an error (see `cdas_fast.errors`), 130 interrupted."""
+    """Run the command and return its exit code: 0 done, 1 to 8 an error (see `cdas_fast.errors`), 130 interrupted."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -139,6 +140,7 @@ def _add_train(commands: Any) -> None:
         "--epochs 50 --learning-rate 0.08 --batch-size 16 --dtype bfloat16",
         "cdas-fast train ... --output out --resume    # go on after an interruption",
         "torchrun --nproc-per-node 4 -m cdas_fast.cli train ...    # several concepts, divided among processes",
+        "torchrun --nproc-per-node 2 -m cdas_fast.cli train ... --data-parallel    # the rows of each step, divided",
     )
     _add_model(train)
     train.add_argument(
@@ -212,6 +214,21 @@ def _add_train(commands: Any) -> None:
         metavar="GIB",
         help="of layers that are read when they are needed, memory for the activations that they keep; the layers for "
         "which it does not suffice run twice. Default: no limit",
+    )
+    train.add_argument(
+        "--micro-batch-tokens", type=int, default=4096, metavar="N", help="tokens that go through the layers at once"
+    )
+    train.add_argument(
+        "--data-parallel",
+        action="store_true",
+        help="under torchrun: divide the rows of each step among the processes; without it, the concepts",
+    )
+    train.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds that a process waits for another one before it ends with an error",
     )
     _add_piecemeal(train)
     train.set_defaults(can_resume=True)
@@ -449,6 +466,7 @@ def _train(options: Any) -> None:
     import torch
 
     from cdas_fast.data.pairs import ContrastivePairs
+    from cdas_fast.distributed.process_group import ProcessGroup
     from cdas_fast.distributed.processes import Processes
     from cdas_fast.training import TrainingConfig, train
     from cdas_fast.training.summary import describe_training
@@ -474,6 +492,7 @@ def _train(options: Any) -> None:
         clean_spaces=not options.keep_spaces,
         concepts_together=options.concepts_together,
         recompute=options.recompute,
+        micro_batch_tokens=options.micro_batch_tokens,
         activation_bytes=None if options.activation_memory is None else int(options.activation_memory * 2**30),
         checkpoint_every=options.checkpoint_every,
         evaluate_every=options.evaluate_every,
@@ -483,19 +502,24 @@ def _train(options: Any) -> None:
     processes = Processes.from_environment()
     if processes.count > 1 and options.device is None and torch.cuda.is_available():
         options.device = f"cuda:{processes.local_rank}"
-    model, tokenizer = _load(options)
-    result = train(
-        model,
-        tokenizer,
-        pairs,
-        config,
-        validation=validation,
-        output_dir=options.output,
-        activations_dir=options.activations,
-        resume=options.resume,
-        progress=processes.rank == 0,
-        processes=processes,
-    )
+    together = ProcessGroup.join(processes, options.timeout) if options.data_parallel else nullcontext()
+    with together as group:
+        model, tokenizer = _load(options)
+        result = train(
+            model,
+            tokenizer,
+            pairs,
+            config,
+            validation=validation,
+            output_dir=options.output,
+            activations_dir=options.activations,
+            resume=options.resume,
+            progress=processes.rank == 0,
+            processes=None if group else processes,
+            group=group,
+        )
+    if group is not None and not group.is_first:
+        return
     print(describe_training(result))
     if result.failed:
         failed = "\n".join(f"concept {concept_id}: {error}" for concept_id, error in result.failed.items())

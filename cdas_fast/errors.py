@@ -51,6 +51,12 @@ class DoesNotFitError(CDASError, MemoryError):
     exit_code = 7
 
 
+class ProcessGroupError(CDASError, RuntimeError):
+    """Of several processes one has ended, does not answer, or is at something else; the message says which and when."""
+
+    exit_code = 8
+
+
 def expected_got(what: str, expected: object, got: object, remedy: str = "") -> str:
     """One line that names `what`, the expectation, the finding and the remedy.
 

@@ -7,9 +7,12 @@ For each row, with h the base activations, h_src the source activation and q the
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +28,12 @@ from cdas_fast.ops.interchange import project
 from cdas_fast.training.cache import CachedRow
 from cdas_fast.training.config import Reduction
 from cdas_fast.training.sequences import batches_by_tokens
+
+SMALLEST_MICRO_BATCH = 64  # tokens; of less, running out of memory has another reason
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,39 @@ class DivergenceObjective:
             torch.autograd.backward(pending)
         return _in_order(sums, len(rows))
 
+    def within_memory(self, work: Callable[[], T]) -> T:
+        """Do what uses the methods above, and if memory runs out again with half the tokens in a micro-batch.
+
+        Where layers keep their activations by choice, they stop that first. What was changed stays so for what is done
+        later, and does not bear on the result but by rounding.
+
+        Raises:
+            OutOfMemoryError: of torch, if a micro-batch of a single row does not fit.
+        """
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or not self._can_do_with_less:
+                    raise
+            self._free_memory()
+            if self.is_layer_major and self._keep.budget:
+                self._keep.budget = 0.0
+                _logger.warning("out of memory: from now on all layers are run again for the backward pass")
+            else:
+                self.micro_batch_tokens //= 2
+                _logger.warning("out of memory: from now on %d tokens a micro-batch", self.micro_batch_tokens)
+
+    @property
+    def _can_do_with_less(self) -> bool:
+        return self.micro_batch_tokens > SMALLEST_MICRO_BATCH or bool(self.is_layer_major and self._keep.budget)
+
+    def _free_memory(self) -> None:
+        """Give back what a failed attempt left."""
+        gc.collect()
+        if self.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @property
     def is_layer_major(self) -> bool:
         """Whether all micro-batches go through a layer before any goes through the next: see layer_major.py."""
@@ -261,6 +303,11 @@ class DivergenceObjective:
             mask=None if self.prefix_length == shared else (packed.positions >= self.prefix_length).to(device),
         )
         return batch, hidden.to(device)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU torch raises no kind of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _row_sums(batch: MicroBatch, owner: Tensor, token_losses: Tensor) -> Tensor:
