@@ -216,6 +216,11 @@ def _add_train(commands: Any) -> None:
         "which it does not suffice run twice. Default: no limit",
     )
     train.add_argument(
+        "--offload-activations",
+        action="store_true",
+        help="of such layers, keep hidden states between those that run twice in host memory (on a CPU: in files)",
+    )
+    train.add_argument(
         "--micro-batch-tokens", type=int, default=4096, metavar="N", help="tokens that go through the layers at once"
     )
     train.add_argument(
@@ -493,6 +498,7 @@ def _train(options: Any) -> None:
         concepts_together=options.concepts_together,
         recompute=options.recompute,
         micro_batch_tokens=options.micro_batch_tokens,
+        offload_activations=options.offload_activations,
         activation_bytes=None if options.activation_memory is None else int(options.activation_memory * 2**30),
         checkpoint_every=options.checkpoint_every,
         evaluate_every=options.evaluate_every,

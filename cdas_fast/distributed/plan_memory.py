@@ -44,7 +44,7 @@ def _weight_parts(own: Workload, machine: Machine, strategy: Strategy) -> Parts:
     head = sizes.head_values * item
     parts: Parts = {
         "resident layers" if ranks == 1 else "share of the layers": sum(stored[: strategy.resident_layers]) / ranks,
-        "norms and biases": (sum(layer.dense_values for layer in suffix) + sizes.final_values) * item,
+        "norms and biases": (sum(layer.dense_values for layer in sizes.layers) + sizes.final_values) * item,
         "output head": head,
     }
     if strategy.streams:
@@ -70,10 +70,15 @@ def _loss_parts(own: Workload, machine: Machine, kept_tokens: int) -> Parts:
     }
 
 
-def kept_bytes(layer: LayerSizes, own: Workload, machine: Machine, *, frozen_aware: bool = True) -> float:
-    """Bytes a token that a layer keeps for its backward pass. Fused attention with capped logits exists for CPUs."""
+def kept_bytes(layer: LayerSizes, own: Workload, machine: Machine, *, frozen_aware: bool | None = None) -> float:
+    """Bytes a token that a layer keeps for its backward pass.
+
+    On a CPU norms, MLPs and attention are ops that keep no more than frozen weights need; on GPUs norms and MLPs are
+    the modules' own, and capped attention logits are whole. `frozen_aware` asks what it would be otherwise.
+    """
     score_keys = 0 if machine.is_cpu else own.sequence_tokens
-    return layer.kept_bytes(own.itemsize, frozen_aware=frozen_aware, score_keys=score_keys)
+    aware = machine.is_cpu if frozen_aware is None else frozen_aware
+    return layer.kept_bytes(own.itemsize, frozen_aware=aware, score_keys=score_keys)
 
 
 def _base_parts(machine: Machine) -> Parts:
@@ -100,22 +105,20 @@ def _activation_parts(own: Workload, machine: Machine, strategy: Strategy, kept_
 
 
 def caching_parts(own: Workload, machine: Machine, strategy: Strategy) -> Parts:
-    """Bytes of each part while activations are cached: the greater of the embedding and the passes through layers."""
-    item, layers = own.itemsize, own.sizes.layers
+    """Bytes of each part while activations are cached: all layers pass through the ring, none is resident."""
+    item, layers, sizes = own.itemsize, own.sizes.layers, own.sizes
     tokens = max(strategy.micro_batch_tokens, own.sequence_tokens)
-    embedding: Parts = {"embedding": own.sizes.embedding_values * item, "micro-batch": tokens * own.hidden_bytes}
-    slots = RING_SLOTS if strategy.streams else 1
-    passes: Parts = {
-        f"{slots} layer{'s' if slots > 1 else ''}": slots
-        * max(own.stored_bytes(each, strategy.four_bit) for each in layers),
-        "norms and biases": max(layer.dense_values for layer in layers) * item + own.sizes.final_values * item,
+    parts: Parts = {
+        "embedding and head": (sizes.head_values + (0 if sizes.tied else sizes.embedding_values)) * item,
+        f"ring of {RING_SLOTS} layers": RING_SLOTS * max(own.stored_bytes(each, strategy.four_bit) for each in layers),
+        "norms and biases": sum(layer.dense_values for layer in layers) * item + sizes.final_values * item,
     }
     if strategy.four_bit:
-        passes["dequantised layer"] = max(layer.linear_values for layer in layers) * item
+        parts["dequantised layer"] = max(layer.linear_values for layer in layers) * item
     scores = 0 if machine.is_cpu else own.sequence_tokens
     at_work = (each.forward_bytes(item) + each.score_bytes(item, scores) for each in layers)
-    passes["layer at work"] = max(at_work) * tokens
-    return _base_parts(machine) | max(embedding, passes, key=lambda parts: sum(parts.values()))
+    parts["layer at work"] = max(at_work) * tokens
+    return _base_parts(machine) | parts
 
 
 def host_training_parts(own: Workload, machine: Machine, strategy: Strategy) -> Parts:

@@ -233,14 +233,10 @@ def _assumptions(plan: Plan) -> list[str]:
     if not machine.is_cpu:
         lines[2] += f"; host to GPU {machine.link:g} GB/s"
     if work.suffix:
-        kept, whole = max(
-            (kept_bytes(layer, work, machine), kept_bytes(layer, work, machine, frozen_aware=False))
-            for layer in work.suffix
-        )
-        lines.append(
-            f"- a layer keeps {kept / 1000:.1f} kB a token for its backward pass, by ops that know that weights are "
-            f"frozen; by the modules' own autograd it would be {whole / 1000:.1f}"
-        )
+        kept = max(kept_bytes(layer, work, machine) for layer in work.suffix)
+        aware = max(kept_bytes(layer, work, machine, frozen_aware=True) for layer in work.suffix)
+        rest = "" if kept == aware else f" (ops that know that weights are frozen would keep {aware / 1000:.1f})"
+        lines.append(f"- a layer keeps {kept / 1000:.1f} kB a token for its backward pass{rest}")
     if machine.is_cpu:
         lines.append("- Python and torch take 0.5 GiB")
     else:

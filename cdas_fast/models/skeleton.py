@@ -28,6 +28,7 @@ from cdas_fast.storage import sha256_of
 
 ATTRIBUTE = "layer_weights"  # of the model: its `LayerWeights`
 _NO_WEIGHT = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")  # what old checkpoints hold of computed buffers
+_STORED = "cdas_fast_stored"  # of the embedding: where its weight can be read again
 _SAMPLE = 256  # bytes of each tensor that tell one checkpoint from another
 
 
@@ -100,6 +101,23 @@ def load_skeleton(
     # known before anything is dropped from memory, and of all weights
     weights.fingerprint = sha256_of(model_fingerprint(model), checkpoint_hash(shards), kind)
     return model
+
+
+def drop_embedding(model: Any) -> None:
+    """Give the memory of the input embedding back, unless the head shares it; read again when it is next used."""
+    embedding = model.get_input_embeddings()
+    weight, stored = embedding.weight, getattr(embedding, _STORED, None)
+    head = model.get_output_embeddings()
+    if stored is None or weight.is_meta or (head is not None and head.weight is weight):
+        return
+    dtype, device = weight.dtype, weight.device
+    embedding._parameters["weight"] = nn.Parameter(weight.to("meta"), requires_grad=False)
+
+    def read_again(module: nn.Module, args: Any) -> None:
+        module._parameters["weight"] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
+        hook.remove()
+
+    hook = embedding.register_forward_pre_hook(read_again)
 
 
 @contextmanager
@@ -197,6 +215,7 @@ class _Names:
 
 def _read_the_rest(model: nn.Module, names: _Names, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
     """Read every parameter that is no linear weight of a layer, and bring buffers to the device."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     aliases: dict[nn.Parameter, list[str]] = {}  # a tied parameter has two names, and one tensor under either
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(parameter, []).append(names.stored(name))
@@ -209,6 +228,8 @@ def _read_the_rest(model: nn.Module, names: _Names, shards: Shards, dtype: torch
             what, wanted = f"{stored.path}: {stored.name}", f"shape {tuple(parameter.shape)}, by the configuration"
             raise InvalidInputError(expected_got(what, wanted, stored.shape))
         read[parameter] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
+        if parameter is embedding.weight:
+            setattr(embedding, _STORED, stored)
     for module in model.modules():
         for name, own in [*module.named_parameters(recurse=False)]:
             module._parameters[name] = read[own]

@@ -23,7 +23,7 @@ from cdas_fast.environment import versions
 from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.models.layer_weights import LayerWeights
 from cdas_fast.models.packed import Runner, make_runner
-from cdas_fast.models.skeleton import layer_weights
+from cdas_fast.models.skeleton import drop_embedding, layer_weights
 from cdas_fast.models.structure import Decoder, model_fingerprint
 from cdas_fast.steering.vector import Factors, SteeringVector
 from cdas_fast.storage import sha256_of
@@ -132,7 +132,8 @@ class RunContext:
         ]
         if not sets:
             return
-        started = time.perf_counter()
+        started, resident = time.perf_counter(), weights.resident
+        weights.keep(())  # those that training needs would only be in the way
         LayerOrderPass(
             self.runner,
             weights,
@@ -144,6 +145,8 @@ class RunContext:
             processes=None if self.group is None else self.group.processes,
             progress=self.progress,
         ).run()
+        drop_embedding(self.decoder.model)
+        weights.keep(resident)
         if self.group is not None:
             self.group.wait()
         self.cache_seconds = time.perf_counter() - started
@@ -177,6 +180,7 @@ class RunContext:
             micro_batch_tokens=self.config.micro_batch_tokens,
             recompute=self.config.recompute,
             activation_bytes=self.config.activation_bytes,
+            offload=self.config.offload_activations,
             impl=self.config.impl,
         )
 

@@ -114,6 +114,7 @@ class DivergenceObjective:
         recompute: keep no activations for the backward pass, see `run_suffix`.
         activation_bytes: memory for those that are kept, where micro-batches go through the layers together; None for
             no limit.
+        offload: there, hidden states between layers that run twice wait off the device, see `run_layer_major`.
         impl: implementation of the ops.
 
     Raises:
@@ -131,6 +132,7 @@ class DivergenceObjective:
         micro_batch_tokens: int = 4096,
         recompute: bool = False,
         activation_bytes: int | None = None,
+        offload: bool = False,
         impl: Implementation = "auto",
     ) -> None:
         if prefix_length < len(runner.prefix_ids):
@@ -143,6 +145,7 @@ class DivergenceObjective:
         self.beta = beta
         self.micro_batch_tokens = micro_batch_tokens
         self.recompute = recompute
+        self.offload = offload
         self._weights = layer_weights(decoder.model)
         budget = float("inf") if activation_bytes is None else float(activation_bytes)
         self._keep = KeepUpTo(0.0 if recompute else budget)
@@ -272,7 +275,7 @@ class DivergenceObjective:
             assert self._weights is not None
             passes, hidden_states = zip(*(one for *_, one in begun), strict=True)
             beyond = range(first + 1, self.decoder.num_layers)
-            finals = run_layer_major(passes, hidden_states, beyond, self._weights, self._keep)
+            finals = run_layer_major(passes, hidden_states, beyond, self._weights, self._keep, self.offload)
             for (batch, owners, target, _), final in zip(begun, finals, strict=True):
                 yield batch, owners, target, final
 
