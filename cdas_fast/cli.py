@@ -10,6 +10,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +25,7 @@ MODEL_HELP = "smollm2-135m (embedded), a folder, a .gguf file, or a Hugging Face
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 to 6 an error (see `cdas_fast.errors`), 130 interrupted."""
+    """Run the command and return its exit code: 0 done, 1 to 8 an error (see `cdas_fast.errors`), 130 interrupted."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_evaluate(commands)
     _add_data(commands)
+    _add_plan(commands)
     _add_bench(commands)
     _add_command(commands, "show-config", _show_config, "versions, devices and chosen implementations")
     return parser
@@ -138,6 +140,7 @@ def _add_train(commands: Any) -> None:
         "--epochs 50 --learning-rate 0.08 --batch-size 16 --dtype bfloat16",
         "cdas-fast train ... --output out --resume    # go on after an interruption",
         "torchrun --nproc-per-node 4 -m cdas_fast.cli train ...    # several concepts, divided among processes",
+        "torchrun --nproc-per-node 2 -m cdas_fast.cli train ... --data-parallel    # the rows of each step, divided",
     )
     _add_model(train)
     train.add_argument(
@@ -211,6 +214,26 @@ def _add_train(commands: Any) -> None:
         metavar="GIB",
         help="of layers that are read when they are needed, memory for the activations that they keep; the layers for "
         "which it does not suffice run twice. Default: no limit",
+    )
+    train.add_argument(
+        "--offload-activations",
+        action="store_true",
+        help="of such layers, keep hidden states between those that run twice in host memory (on a CPU: in files)",
+    )
+    train.add_argument(
+        "--micro-batch-tokens", type=int, default=4096, metavar="N", help="tokens that go through the layers at once"
+    )
+    train.add_argument(
+        "--data-parallel",
+        action="store_true",
+        help="under torchrun: divide the rows of each step among the processes; without it, the concepts",
+    )
+    train.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds that a process waits for another one before it ends with an error",
     )
     _add_piecemeal(train)
     train.set_defaults(can_resume=True)
@@ -289,6 +312,47 @@ def _add_data(commands: Any) -> None:
     contrast.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for one request")
     contrast.add_argument("--max-retries", type=int, default=5, metavar="N")
     contrast.add_argument("--concurrency", type=int, default=4, metavar="N", help="requests at a time")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _add_command(
+        commands,
+        "plan",
+        _plan,
+        "say what of a training run fits where, from the config of a model alone: nothing is downloaded but that",
+        "cdas-fast plan --model meta-llama/Llama-3.1-70B-Instruct --layer 32 --gpus 2x24 --tokens 4096",
+        "cdas-fast plan --model google/gemma-2-9b-it --layer 20 --gpus 1x4090 --host-memory 32 --json plan.json",
+        "cdas-fast plan --model smollm2-135m --layer 15 --gpus cpu --no-4bit",
+    )
+    plan.add_argument("--model", required=True, metavar="M", help="smollm2-135m, a folder, or a Hugging Face hub id")
+    plan.add_argument("--layer", type=int, metavar="L", help="decoder layer, counted from 0")
+    plan.add_argument(
+        "--gpus", required=True, metavar="G", help="COUNTxGB such as 2x24, COUNTxCARD such as 1xa100-80, or cpu"
+    )
+    plan.add_argument(
+        "--tokens", type=int, default=4096, metavar="N", help="of a step beyond the shared prefix; default: 4096"
+    )
+    plan.add_argument("--response-tokens", type=int, metavar="N", help="of these; default: half")
+    plan.add_argument(
+        "--sequence-tokens", type=int, metavar="N", help="of the longest sequence; default: 256, or --tokens if fewer"
+    )
+    plan.add_argument(
+        "--sequences", type=int, default=256, metavar="N", help="two a pair, for the size of caches; default: 256"
+    )
+    plan.add_argument("--rank", type=int, default=1, metavar="R", help="rows of the direction")
+    plan.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float16 or float32")
+    bits = plan.add_mutually_exclusive_group()
+    bits.add_argument(
+        "--load-in-4bit", action="store_true", default=None, help="quantise the layers; default: if it is faster"
+    )
+    bits.add_argument("--no-4bit", action="store_false", dest="load_in_4bit", help="never quantise them")
+    plan.add_argument(
+        "--host-memory", type=float, metavar="GIB", help="of the machine; default: enough; cpu: this one's"
+    )
+    plan.add_argument("--tflops", type=float, metavar="X", help="of a GPU in bfloat16; default: assumed by its name")
+    plan.add_argument("--link", type=float, metavar="GB/S", help="from host memory to a GPU; default: 25, assumed")
+    plan.add_argument("--disk", type=float, metavar="GB/S", help="default: 3.5, assumed")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan there as well")
 
 
 def _add_bench(commands: Any) -> None:
@@ -407,6 +471,7 @@ def _train(options: Any) -> None:
     import torch
 
     from cdas_fast.data.pairs import ContrastivePairs
+    from cdas_fast.distributed.process_group import ProcessGroup
     from cdas_fast.distributed.processes import Processes
     from cdas_fast.training import TrainingConfig, train
     from cdas_fast.training.summary import describe_training
@@ -432,6 +497,8 @@ def _train(options: Any) -> None:
         clean_spaces=not options.keep_spaces,
         concepts_together=options.concepts_together,
         recompute=options.recompute,
+        micro_batch_tokens=options.micro_batch_tokens,
+        offload_activations=options.offload_activations,
         activation_bytes=None if options.activation_memory is None else int(options.activation_memory * 2**30),
         checkpoint_every=options.checkpoint_every,
         evaluate_every=options.evaluate_every,
@@ -441,19 +508,24 @@ def _train(options: Any) -> None:
     processes = Processes.from_environment()
     if processes.count > 1 and options.device is None and torch.cuda.is_available():
         options.device = f"cuda:{processes.local_rank}"
-    model, tokenizer = _load(options)
-    result = train(
-        model,
-        tokenizer,
-        pairs,
-        config,
-        validation=validation,
-        output_dir=options.output,
-        activations_dir=options.activations,
-        resume=options.resume,
-        progress=processes.rank == 0,
-        processes=processes,
-    )
+    together = ProcessGroup.join(processes, options.timeout) if options.data_parallel else nullcontext()
+    with together as group:
+        model, tokenizer = _load(options)
+        result = train(
+            model,
+            tokenizer,
+            pairs,
+            config,
+            validation=validation,
+            output_dir=options.output,
+            activations_dir=options.activations,
+            resume=options.resume,
+            progress=processes.rank == 0,
+            processes=None if group else processes,
+            group=group,
+        )
+    if group is not None and not group.is_first:
+        return
     print(describe_training(result))
     if result.failed:
         failed = "\n".join(f"concept {concept_id}: {error}" for concept_id, error in result.failed.items())
@@ -568,6 +640,27 @@ def _contrast(options: Any) -> None:
     pairs.to_file(options.output, overwrite=options.overwrite)
     checkpoint.unlink(missing_ok=True)
     print(f"{len(pairs)} pairs written to {options.output}")
+
+
+def _plan(options: Any) -> None:
+    from cdas_fast.distributed.hardware import parse_machine
+    from cdas_fast.distributed.model_sizes import model_sizes
+    from cdas_fast.distributed.plan_report import as_json, describe, refusal
+    from cdas_fast.distributed.plan_workload import make_workload
+    from cdas_fast.distributed.planner import decide
+    from cdas_fast.storage import write_json
+
+    speeds = {name: getattr(options, name) for name in ("tflops", "link", "disk")}
+    machine = parse_machine(options.gpus, host_gib=options.host_memory, **speeds)
+    names = ("tokens", "response_tokens", "sequence_tokens", "sequences", "rank", "dtype")
+    numbers = {name: getattr(options, name) for name in names}
+    workload = make_workload(model_sizes(options.model), options.layer, **numbers)
+    decision = decide(workload, machine, four_bit=options.load_in_4bit)
+    print(describe(decision))
+    if options.json is not None:
+        write_json(options.json, as_json(decision))
+    if decision.chosen is None:
+        raise refusal(decision)
 
 
 def _bench_loss(options: Any) -> None:

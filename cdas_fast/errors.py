@@ -45,6 +45,18 @@ class StorageError(CDASError, OSError):
     exit_code = 6
 
 
+class DoesNotFitError(CDASError, MemoryError):
+    """A plan needs more memory than there is; the message says by how much, and what would do."""
+
+    exit_code = 7
+
+
+class ProcessGroupError(CDASError, RuntimeError):
+    """Of several processes one has ended, does not answer, or is at something else; the message says which and when."""
+
+    exit_code = 8
+
+
 def expected_got(what: str, expected: object, got: object, remedy: str = "") -> str:
     """One line that names `what`, the expectation, the finding and the remedy.
 

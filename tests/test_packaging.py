@@ -99,6 +99,7 @@ def test_wheel_holds_code_data_and_template(tmp_path: Path) -> None:
         "cdas_fast/data/demo/ocean_train.jsonl",
         "cdas_fast/data/demo/ocean_held_out.jsonl",
         "cdas_fast/data/demo/instructions.txt",
+        "cdas_fast/distributed/configs/llama-3.1-70b.json",
         "cdas_fast/report/report.html.jinja",
         "cdas_fast/training/loop.py",
     ):

@@ -20,7 +20,6 @@ from cdas_fast.data.rows import TrainingRow, tokenize_pairs
 from cdas_fast.errors import InvalidInputError, NonFiniteError, StorageError, UnsupportedError
 from cdas_fast.models import inspect_decoder
 from cdas_fast.models.packed import PackedRunner, PaddedRunner
-from cdas_fast.training.sequences import batches_by_tokens
 from cdas_fast.training.directions import (
     difference_in_means,
     is_orthonormal,
@@ -28,6 +27,7 @@ from cdas_fast.training.directions import (
     principal_direction,
     random_direction,
 )
+from cdas_fast.training.sequences import batches_by_tokens
 
 # The specification: whole forward passes, ordinary hooks, logits at all positions
 

@@ -30,7 +30,7 @@ from cdas_fast.errors import CDASError, InvalidInputError, MissingDependencyErro
 from cdas_fast.models.handle_linear import HandleLinear
 from cdas_fast.models.layer_weights import Handle, LayerWeights, Layout, Scratch
 from cdas_fast.models.packed import Runner
-from cdas_fast.models.skeleton import layer_weights
+from cdas_fast.models.skeleton import drop_embedding, drop_head, layer_weights
 from cdas_fast.models.structure import Decoder, Head
 
 STORAGE = torch.bfloat16  # what the bytes are passed off as
@@ -224,25 +224,20 @@ class ZeroEngine:
                     self._swap(linear, "handle", Handle(self.partitioned, number, name))
 
     def _take_head(self) -> _ZeroHead:
-        """Partition the head, and let go embedding and head of the model, which are read again in the end."""
+        """Partition the head, and let go of the model's embedding and head, which are read again afterwards."""
         head = self.decoder.head
         module = _ZeroHead(head)
         self._partition(module, head.weight.contiguous().view(-1).view(torch.uint8))
         model: Any = self.decoder.model
-        ends = {id(each): each for each in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
-        names = {id(own): name for name, own in model.named_parameters() if id(own) in ends}
-        output = model.get_output_embeddings().weight
-        stored = {key: self.weights.outside[names[key]] for key in ends}
-        like = head.weight.device, head.weight.dtype
+        drop_embedding(model)
+        read_again = drop_head(model)
 
-        def read_again() -> None:
-            for key, own in ends.items():
-                own.data = stored[key].read().to(*like)
-            head.weight.data = output.data
+        def take_back() -> None:
+            read_again()
+            head.weight.data = model.get_output_embeddings().weight.data
 
-        self._undo.append(read_again)
-        for each in (*ends.values(), head.weight):
-            each.data = torch.empty(0, dtype=each.dtype, device=each.device)
+        self._undo.append(take_back)
+        head.weight.data = torch.empty(0, dtype=head.weight.dtype, device=head.weight.device)
         return module
 
     def _partition(self, module: nn.Module, flat: Tensor) -> nn.Parameter:

@@ -9,6 +9,7 @@ that are not on the device are read while the layer before computes.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -71,12 +72,14 @@ def run_layer_major(
     layers: range,
     weights: LayerWeights,
     keep: KeepUpTo,
+    offload: bool = False,
 ) -> tuple[Tensor, ...]:
     """Final hidden states (M, D) of each pass. Differentiable, in one backward pass over all of them.
 
-    What edits depend on gets its gradient then, by accumulation into the leaves.
+    What edits depend on gets its gradient then, by accumulation into the leaves. With `offload`, hidden states between
+    layers that are run again wait in the host's pinned memory, or on a CPU in a temporary file.
     """
-    schedule = _Schedule(passes, layers, weights, keep)
+    schedule = _Schedule(passes, layers, weights, keep, offload)
     results: tuple[Tensor, ...] = _LayerMajor.apply(schedule, *hidden)
     return results
 
@@ -94,8 +97,15 @@ class _LayerMajor(torch.autograd.Function):
 
 
 class _Schedule:
-    def __init__(self, passes: Sequence[LayerwisePass], layers: range, weights: LayerWeights, keep: KeepUpTo) -> None:
-        self.passes, self.layers, self.weights, self.keep = passes, layers, weights, keep
+    def __init__(
+        self,
+        passes: Sequence[LayerwisePass],
+        layers: range,
+        weights: LayerWeights,
+        keep: KeepUpTo,
+        offload: bool,
+    ) -> None:
+        self.passes, self.layers, self.weights, self.keep, self.offload = passes, layers, weights, keep, offload
         self.inputs: dict[int, list[Tensor]] = {}  # layer -> of each pass
         self.outputs: dict[int, list[Tensor]] = {}  # of layers that keep their activations
         self.finals: list[tuple[Tensor, Tensor]] = []
@@ -108,8 +118,8 @@ class _Schedule:
         measure = needs_grad and self.keep.per_token is None and 0 < self.keep.budget < float("inf")
         for place, layer in enumerate(self.layers):
             with self.weights.visit(layer, self._next_streamed(order, place)):
-                if needs_grad:
-                    self.inputs[layer] = hidden
+                if needs_grad and layer not in keeping:
+                    self.inputs[layer] = [_away(each) for each in hidden] if self.offload else hidden
                 if layer in keeping:
                     self.inputs[layer] = [each.detach().requires_grad_() for each in hidden]
                     with torch.enable_grad():
@@ -135,7 +145,7 @@ class _Schedule:
                 inputs, outputs = self.inputs.pop(layer), self.outputs.pop(layer, None)
                 for number, one in enumerate(self.passes):
                     if outputs is None:
-                        entered = inputs[number].detach().requires_grad_()
+                        entered = inputs[number].to(self.weights.device, non_blocking=True).detach().requires_grad_()
                         with torch.enable_grad():
                             output = one.run(layer, entered)
                     else:
@@ -163,6 +173,17 @@ class _Schedule:
     def _next_streamed(self, order: Sequence[int], place: int) -> int | None:
         """The next layer of the order that has to be read."""
         return next((layer for layer in order[place + 1 :] if layer not in self.weights.resident), None)
+
+
+def _away(hidden: Tensor) -> Tensor:
+    """A copy off the device: in pinned memory, or of a CPU's memory in a file without a name."""
+    if hidden.device.type == "cuda":
+        away = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        return away.copy_(hidden, non_blocking=True)
+    with tempfile.NamedTemporaryFile(prefix="cdas-fast-hidden-") as file:
+        file.truncate(max(1, hidden.nbytes))
+        away = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+    return away.view(hidden.shape).copy_(hidden)
 
 
 def _saved_bytes(one: LayerwisePass, layer: int, hidden: Tensor) -> float:

@@ -176,7 +176,6 @@ class LayerWeights:
         self.count, self.device, self.slots, self.host_bytes = count, device, slots, host_bytes
         self.traffic = Traffic()
         self.fingerprint = ""  # of the model that they belong to
-        self.outside: dict[str, StoredTensor] = {}  # where the model's own parameters were read, by their names
         self._layouts = layouts
         self._known: dict[int, Layout] = {}
         self._resident = frozenset(range(count) if resident is None else resident)

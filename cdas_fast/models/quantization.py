@@ -3,8 +3,8 @@
 The copy has the names and the format of a model that transformers saves with `load_in_4bit`, a file a layer:
 
     FOLDER/model-layer-00012.safetensors    linear weights in 4 bits; norms and biases as they were
-    FOLDER/model-ends.safetensors           embedding, final norm, head
-    FOLDER/config.json, model.safetensors.index.json    once all files are there
+    FOLDER/model-end-00000.safetensors      embedding, final norm, head: a file each, once all layers are there
+    FOLDER/config.json, ...                 index and tokenizer likewise
 
 so a whole copy can be loaded by transformers, and what transformers saved, or others have published, can be read here.
 """
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
-import os
-from collections.abc import Iterable, Mapping
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cdas_fast.ops.nf4 import Nf4Weight
 from cdas_fast.storage import make_output_folder, write_json, write_tensors
 
 BLOCK, NESTED_BLOCK = 64, 256  # values that share a scale, and scales that share one
+_PART = 2**22  # values that are quantised at a time; whole blocks
 STATE = "quant_state.bitsandbytes__nf4"
 PIECES = ("absmax", "nested_absmax", "nested_quant_map")  # beside the packed values, as bitsandbytes names them
 CONFIG: dict[str, Any] = {
@@ -40,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "llm_int8_skip_modules": ["lm_head"],
 }
 
-_logger = logging.getLogger(__name__)
+_BESIDE = ("*.json", "*.model", "*.jinja")  # of the checkpoint's folder: tokenizer and the like
 
 
 def require_bitsandbytes() -> None:
@@ -55,12 +57,27 @@ def require_bitsandbytes() -> None:
 def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     """A matrix (O, I) as bitsandbytes stores it: the packed values under "weight", the rest under "weight.NAME".
 
-    On the device of `weight`. Raises `MissingDependencyError` without bitsandbytes.
+    On the device of `weight`, and bit for bit what `bitsandbytes.functional.quantize_4bit` makes of the whole. That is
+    called for parts of it: on a CPU it takes 14 bytes a value. Raises `MissingDependencyError` without bitsandbytes.
     """
     require_bitsandbytes()
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
-    packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    parts = [quantize_4bit(part, blocksize=BLOCK, quant_type="nf4") for part in weight.reshape(-1).split(_PART)]
+    absmax = torch.cat([state.absmax for _, state in parts])
+    offset = absmax.mean()
+    nested_absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    state = QuantState(
+        absmax=nested_absmax,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=BLOCK,
+        code=parts[0][1].code,
+        quant_type="nf4",
+        offset=offset,
+        state2=nested,
+    )
+    packed = torch.cat([each for each, _ in parts])
     return {"weight": packed, **{f"weight.{name}": each for name, each in state.as_dict(packed=True).items()}}
 
 
@@ -116,55 +133,67 @@ class PackedCopy:
         self.linear, self._config = frozenset(linear), dict(config)
 
     def layer(self, layer: int) -> dict[str, StoredTensor]:
-        """The tensors of a layer by their names in the model; quantised and written now unless they were before."""
-        path = self.folder / f"model-layer-{layer:05d}.safetensors"
+        """The tensors of a layer by their names in the model; quantised and written now unless they were before.
+
+        Of several processes that ask, one does it and the others wait.
+        """
+        path = self._path(layer)
         if not path.exists():
-            tensors: dict[str, Tensor] = {}
-            prefix = self.layer_names[layer]
-            for name, stored in self.source.items():
-                if not name.startswith(prefix):
-                    continue
-                own = name.removeprefix(prefix)
-                if own.removesuffix(".weight") in self.linear and own.endswith(".weight"):
-                    pieces = quantize_nf4(stored.read().to(self.device))
-                    tensors |= {f"{prefix}{own.removesuffix('weight')}{key}": each for key, each in pieces.items()}
-                else:
-                    tensors[name] = stored.read()
-            write_tensors(path, tensors, {"format": "pt"})
-            self._complete()
+            with self._alone():
+                if not path.exists():
+                    self._pack(layer)
+                    self._complete()
         return read_header(path)
 
-    def ends(self) -> dict[str, StoredTensor]:
-        """All tensors that belong to no layer, copied as they are."""
-        path = self.folder / "model-ends.safetensors"
-        if not path.exists():
-            outside = {
-                name: stored.read()
-                for name, stored in self.source.items()
-                if not any(name.startswith(prefix) for prefix in self.layer_names)
-            }
-            write_tensors(path, outside, {"format": "pt"})
-            self._complete()
-        return read_header(path)
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"model-layer-{layer:05d}.safetensors"
+
+    def _pack(self, layer: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        prefix = self.layer_names[layer]
+        for name, stored in self.source.items():
+            if not name.startswith(prefix):
+                continue
+            own = name.removeprefix(prefix)
+            if own.endswith(".weight") and own.removesuffix(".weight") in self.linear:
+                pieces = quantize_nf4(stored.read().to(self.device))
+                tensors |= {f"{name.removesuffix('weight')}{key}": each.cpu() for key, each in pieces.items()}
+            else:
+                tensors[name] = stored.read()
+        write_tensors(self._path(layer), tensors, {"format": "pt"})
 
     def _complete(self) -> None:
-        """Write index and configuration when nothing is missing any more."""
-        paths = [self.folder / f"model-layer-{layer:05d}.safetensors" for layer in range(len(self.layer_names))]
-        paths.append(self.folder / "model-ends.safetensors")
+        """When all layers are there: copy what belongs to none, and write what makes the folder a model's."""
+        paths = [self._path(layer) for layer in range(len(self.layer_names))]
         if not all(path.exists() for path in paths):
             return
+        outside = [name for name in self.source if not name.startswith(tuple(self.layer_names))]
+        for number, name in enumerate(outside):  # a file each: a head alone may be some gigabytes
+            path = self.folder / f"model-end-{number:05d}.safetensors"
+            if not path.exists():
+                write_tensors(path, {name: self.source[name].read()}, {"format": "pt"})
+            paths.append(path)
+        for pattern in _BESIDE:
+            for path in self.source.folder.glob(pattern):
+                if path.name not in ("config.json", INDEX) and not (self.folder / path.name).exists():
+                    shutil.copyfile(path, self.folder / path.name)
         headers = {path.name: read_header(path) for path in paths}
         total = sum(stored.nbytes for header in headers.values() for stored in header.values())
         files = {name: file for file, header in headers.items() for name in header}
         write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
         write_json(self.folder / "config.json", {**self._config, "quantization_config": CONFIG})
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes out; a killed one leaves nothing that would."""
+        if sys.platform == "win32":  # both would write the same, whole or not at all
+            yield
+            return
+        import fcntl
 
-def packed_bytes(shape: tuple[int, int]) -> int:
-    """Bytes of a matrix in NF4 with double quantisation, the table of nested scales included."""
-    count = shape[0] * shape[1]
-    blocks = -(-count // BLOCK)
-    return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * 256
+        with (self.folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 def is_quantized_copy(config: Mapping[str, Any]) -> bool:
@@ -181,12 +210,3 @@ def is_quantized_copy(config: Mapping[str, Any]) -> bool:
         got = f"{found.get('quant_method')}{' in 8 bits' if found.get('load_in_8bit') else ''}"
         raise UnsupportedError(expected_got("model", wanted, got, "Take the original model with --load-in-4bit."))
     return True
-
-
-def free_bytes(folder: Path) -> int:
-    """Room on the disk of a folder that may not exist yet."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    stats = os.statvfs(place)
-    return stats.f_bavail * stats.f_frsize

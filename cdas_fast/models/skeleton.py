@@ -28,6 +28,7 @@ from cdas_fast.storage import sha256_of
 
 ATTRIBUTE = "layer_weights"  # of the model: its `LayerWeights`
 _NO_WEIGHT = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")  # what old checkpoints hold of computed buffers
+_STORED = "cdas_fast_stored"  # of the embedding: where its weight can be read again
 _SAMPLE = 256  # bytes of each tensor that tell one checkpoint from another
 
 
@@ -93,13 +94,43 @@ def load_skeleton(
     resident = None if resident_layers is None else spread(range(count), resident_layers)
     weights = LayerWeights(layout, count, device, resident=resident)
     names.replace_linear(weights)
-    weights.outside = _read_the_rest(model, names, shards, dtype, device)
+    _read_the_rest(model, names, shards, dtype, device)
     model.eval().requires_grad_(False)
     setattr(model, ATTRIBUTE, weights)
     kind = "nf4" if copy is not None or stored_in_4bit else "plain"
     # known before anything is dropped from memory, and of all weights
     weights.fingerprint = sha256_of(model_fingerprint(model), checkpoint_hash(shards), kind)
     return model
+
+
+def drop_embedding(model: Any) -> None:
+    """Give the memory of the input embedding back, unless the head shares it; read again when it is next used."""
+    embedding = model.get_input_embeddings()
+    weight, stored = embedding.weight, getattr(embedding, _STORED, None)
+    head = model.get_output_embeddings()
+    if stored is None or weight.is_meta or (head is not None and head.weight is weight):
+        return
+    dtype, device = weight.dtype, weight.device
+    embedding._parameters["weight"] = nn.Parameter(weight.to("meta"), requires_grad=False)
+
+    def read_again(module: nn.Module, args: Any) -> None:
+        module._parameters["weight"] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
+        hook.remove()
+
+    hook = embedding.register_forward_pre_hook(read_again)
+
+
+def drop_head(model: Any) -> Callable[[], None]:
+    """Give the memory of the head back, and of an input embedding that shares it; what is returned reads it again."""
+    head = model.get_output_embeddings()
+    weight, stored = head.weight, getattr(head, _STORED)
+    dtype, device = weight.dtype, weight.device
+    weight.data = torch.empty(0, dtype=dtype, device=device)
+
+    def read_again() -> None:
+        weight.data = stored.read().to(device, dtype)
+
+    return read_again
 
 
 @contextmanager
@@ -195,18 +226,13 @@ class _Names:
                 )
 
 
-def _read_the_rest(
-    model: nn.Module, names: _Names, shards: Shards, dtype: torch.dtype, device: torch.device
-) -> dict[str, StoredTensor]:
-    """Read every parameter that is no linear weight of a layer, and bring buffers to the device.
-
-    Returns where each parameter was read, by its names in the model.
-    """
+def _read_the_rest(model: nn.Module, names: _Names, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+    """Read every parameter that is no linear weight of a layer, and bring buffers to the device."""
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     aliases: dict[nn.Parameter, list[str]] = {}  # a tied parameter has two names, and one tensor under either
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(parameter, []).append(names.stored(name))
     read: dict[nn.Parameter, nn.Parameter] = {}
-    sources: dict[nn.Parameter, StoredTensor] = {}
     for parameter, own_names in aliases.items():
         stored = next((shards[name] for name in own_names if name in shards), None)
         if stored is None:
@@ -214,15 +240,15 @@ def _read_the_rest(
         if stored.shape != tuple(parameter.shape):
             what, wanted = f"{stored.path}: {stored.name}", f"shape {tuple(parameter.shape)}, by the configuration"
             raise InvalidInputError(expected_got(what, wanted, stored.shape))
-        sources[parameter] = stored
         read[parameter] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
-    found = {name: sources[own] for name, own in model.named_parameters(remove_duplicate=False)}
+        for end in ends:
+            if end is not None and parameter is end.weight:
+                setattr(end, _STORED, stored)
     for module in model.modules():
         for name, own in [*module.named_parameters(recurse=False)]:
             module._parameters[name] = read[own]
         for name, buffer in [*module.named_buffers(recurse=False)]:
             module._buffers[name] = buffer.to(device)
-    return found
 
 
 def checkpoint_hash(shards: Shards) -> str:

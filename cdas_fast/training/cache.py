@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cdas_fast.data.rows import TokenRows, TrainingRow
+from cdas_fast.distributed.processes import Processes
 from cdas_fast.errors import InvalidInputError, StorageError, UnsupportedError, expected_got
 from cdas_fast.models.packed import Packing, Rows, Runner, make_runner, pass_tolerance, shared_prefix
 from cdas_fast.models.skeleton import layer_weights
@@ -34,7 +35,7 @@ from cdas_fast.models.suffix import capture_activations
 from cdas_fast.ops.implementation import Implementation, choose_implementation
 from cdas_fast.storage import sha256_of
 from cdas_fast.training.activation_store import ActivationStore, check_key
-from cdas_fast.training.sequences import SequencePass, cached_sequences, require_finite
+from cdas_fast.training.sequences import CachedSequences, SequencePass, cached_sequences, require_finite
 
 COMMIT_SECONDS = 2.0  # a store is brought to the disk so often: what a kill can lose
 
@@ -207,6 +208,18 @@ def build_cache(
     return cache
 
 
+def fill_store(
+    sequences: CachedSequences,
+    runner: Runner,
+    store: ActivationStore,
+    micro_batch_tokens: int,
+    processes: Processes,
+    progress: bool = True,
+) -> None:
+    """Compute what is missing in a store of one process's share of the batches that `build_cache` would run."""
+    _run(sequences.passes, runner, store, micro_batch_tokens, "Caching activations", progress, processes)
+
+
 def cache_identity(
     runner: Runner,
     layers: Sequence[int],
@@ -258,11 +271,14 @@ def _run(
     micro_batch_tokens: int,
     description: str,
     progress: bool,
+    processes: Processes | None = None,
 ) -> None:
-    """Run the batches of which anything is missing, and add what is."""
+    """Run the batches of which anything is missing, and add what is; of several processes, each does some of them."""
     decoder, shared = runner.decoder, len(runner.prefix_ids)
     found = entries.find(sequence.key for one in passes for sequence in one.sequences)
     batches = [(one, batch) for one in passes for batch in one.batches(shared, micro_batch_tokens, runner.pads)]
+    if processes is not None:
+        batches = batches[processes.rank :: processes.count]
     tokens = [sum(len(sequence.ids) - shared for sequence in batch) for _, batch in batches]
     missing = [{sequence.key for sequence in batch} - found for _, batch in batches]
     if not any(missing):

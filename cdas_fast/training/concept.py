@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cdas_fast.distributed.process_group import ProcessGroup, share_of_rows
 from cdas_fast.errors import NonFiniteError, expected_got
 from cdas_fast.training.cache import ActivationCache, CachedRow
 from cdas_fast.training.config import TrainingConfig
@@ -215,41 +216,65 @@ class ConceptTraining:
 
 
 def step_together(
-    objective: DivergenceObjective, concepts: Sequence[ConceptTraining]
+    objective: DivergenceObjective, concepts: Sequence[ConceptTraining], group: ProcessGroup | None = None
 ) -> list[StepInfo | NonFiniteError]:
     """Do one step of each concept, their rows in the same micro-batches. One that meets a NaN does not take its step.
 
     Each concept has its own direction, so the gradients are those that it has alone; only the rounding of matrix
     products may depend on what else is in a batch. A step moves the directions to the device once, and gradients and
     losses back once, at its end.
+
+    With a group of processes, each does a share of the rows, and all of them the same updates of the sums.
     """
     started = time.perf_counter()
     batches = [concept.batch() for concept in concepts]
     alone, device = len(concepts) == 1, objective.decoder.device
     directions = torch.stack([concept.direction for concept in concepts])
-    direction = (directions[0] if alone else directions).to(device).requires_grad_(True)
     owners = [number for number, batch in enumerate(batches) for _ in batch.rows]
-    sums = objective.accumulate_gradient(
-        [row for batch in batches for row in batch.rows],
-        [weight for batch in batches for weight in batch.weights],
-        Interchange(direction, objective.impl),
-        concepts=None if alone else owners,
-    )
-    assert direction.grad is not None
-    gradients = direction.grad.view_as(directions).cpu()
+    rows = [row for batch in batches for row in batch.rows]
+    weights = [weight for batch in batches for weight in batch.weights]
+    own = [*range(len(rows))] if group is None else share_of_rows(_lengths(rows), group.processes)
+
+    def accumulate() -> tuple[Tensor, Tensor]:
+        direction = (directions[0] if alone else directions).to(device).requires_grad_(True)
+        sums = torch.zeros(len(rows))
+        if own:
+            sums[own] = objective.accumulate_gradient(
+                [rows[place] for place in own],
+                [weights[place] for place in own],
+                Interchange(direction, objective.impl),
+                concepts=None if alone else [owners[place] for place in own],
+            )
+        gradient = torch.zeros_like(directions) if direction.grad is None else direction.grad.cpu()
+        return gradient.view_as(directions), sums
+
+    gradients, sums = objective.within_memory(accumulate)
+    if group is not None:
+        gradients, sums = group.total(gradients, sums)
     seconds, tokens = time.perf_counter() - started, sum(batch.tokens for batch in batches)
 
     def evaluate(cache: ActivationCache, direction: Tensor) -> float:
         rows = [cache.row(row) for row in range(len(cache))]
-        losses = objective.evaluate(rows, Interchange(direction.to(device), objective.impl))
+        own = [*range(len(rows))] if group is None else share_of_rows(_lengths(rows), group.processes)
+        intervention = Interchange(direction.to(device), objective.impl)
+        losses = torch.zeros(len(rows))
+        if own:
+            asked = [rows[place] for place in own]
+            losses[own] = objective.within_memory(lambda: objective.evaluate(asked, intervention))
+        if group is not None:
+            (losses,) = group.total(losses)
         return mean_divergence(rows, losses, concepts[0].config.reduction)
 
     results: list[StepInfo | NonFiniteError] = []
     parts = sums.split([len(batch.rows) for batch in batches])
-    for concept, batch, own, gradient in zip(concepts, batches, parts, gradients, strict=True):
+    for concept, batch, its_sums, gradient in zip(concepts, batches, parts, gradients, strict=True):
         share = seconds * batch.tokens / tokens
         try:
-            results.append(concept.update(batch, own, gradient, seconds=share, evaluate=evaluate))
+            results.append(concept.update(batch, its_sums, gradient, seconds=share, evaluate=evaluate))
         except NonFiniteError as error:
             results.append(error)
     return results
+
+
+def _lengths(rows: Sequence[CachedRow]) -> list[int]:
+    return [len(row.base_hidden) for row in rows]

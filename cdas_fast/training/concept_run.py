@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -17,15 +18,17 @@ from torch import Tensor
 from cdas_fast.data.pairs import ContrastivePairs
 from cdas_fast.data.prompts import PromptFormat
 from cdas_fast.data.rows import TokenRows, tokenize_pairs
+from cdas_fast.distributed.process_group import ProcessGroup
 from cdas_fast.environment import versions
 from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.models.layer_weights import LayerWeights
 from cdas_fast.models.packed import Runner, make_runner
-from cdas_fast.models.skeleton import layer_weights
+from cdas_fast.models.skeleton import drop_embedding, layer_weights
 from cdas_fast.models.structure import Decoder, model_fingerprint
 from cdas_fast.steering.vector import Factors, SteeringVector
+from cdas_fast.storage import sha256_of
 from cdas_fast.training.activation_store import ActivationStore
-from cdas_fast.training.cache import ActivationCache, build_cache, cache_identity, rows_prefix
+from cdas_fast.training.cache import ActivationCache, build_cache, cache_identity, fill_store, rows_prefix
 from cdas_fast.training.concept import ConceptTraining
 from cdas_fast.training.config import TrainingConfig
 from cdas_fast.training.directions import (
@@ -66,9 +69,15 @@ class RunContext:
     """What all concepts of a run share: the model, the template, the settings, and the passes behind one prefix."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Any, config: TrainingConfig, activations_dir: Path | None, progress: bool
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        config: TrainingConfig,
+        activations_dir: Path | None,
+        progress: bool,
+        group: ProcessGroup | None = None,
     ) -> None:
-        self.decoder, self.config, self.progress = decoder, config, progress
+        self.decoder, self.config, self.progress, self.group = decoder, config, progress, group
         self.activations_dir = activations_dir
         self.format = PromptFormat(tokenizer, config.system_prompt, config.source_tokens, config.clean_spaces)
         self.prefix_length = self.format.prefix_length if config.prefix_length is None else config.prefix_length
@@ -123,7 +132,8 @@ class RunContext:
         ]
         if not sets:
             return
-        started = time.perf_counter()
+        started, resident = time.perf_counter(), weights.resident
+        weights.keep(())  # those that training needs would only be in the way
         LayerOrderPass(
             self.runner,
             weights,
@@ -132,9 +142,31 @@ class RunContext:
             store.path.with_suffix(".scratch"),
             micro_batch_tokens=self.config.micro_batch_tokens,
             memory_bytes=self.config.cache_bytes,
+            processes=None if self.group is None else self.group.processes,
             progress=self.progress,
         ).run()
+        drop_embedding(self.decoder.model)
+        weights.keep(resident)
+        if self.group is not None:
+            self.group.wait()
         self.cache_seconds = time.perf_counter() - started
+
+    def cache_own_share(self, concepts: Iterable[ConceptRun]) -> None:
+        """Compute this process's share of the activations of all concepts, and wait for the others'."""
+        group, store, shared = self.group, self.kept_store, len(self.prefix_ids)
+        assert group is not None
+        if store is not None:
+            started = time.perf_counter()
+            sets = [
+                cached_sequences(self.tokenize(pairs), self.config.layers, shared)
+                for concept in concepts
+                for pairs in (concept.pairs, concept.held_out)
+                if pairs is not None
+            ]
+            for one in sets:
+                fill_store(one, self.runner, store, self.config.micro_batch_tokens, group.processes, self.progress)
+            self.cache_seconds = time.perf_counter() - started
+        group.wait()
 
     @functools.cached_property
     def objective(self) -> DivergenceObjective:
@@ -148,6 +180,7 @@ class RunContext:
             micro_batch_tokens=self.config.micro_batch_tokens,
             recompute=self.config.recompute,
             activation_bytes=self.config.activation_bytes,
+            offload=self.config.offload_activations,
             impl=self.config.impl,
         )
 
@@ -181,7 +214,9 @@ class ConceptRun:
             "template": rows.template_sha256,
             "data": rows.sha256,
         }
+        self.identity_sha256 = sha256_of(json.dumps(identity, sort_keys=True))
         self.folder = None if folder is None else RunFolder(folder, identity)
+        self._writes = context.group is None or context.group.is_first
         self.training: ConceptTraining | None = None
 
     @property
@@ -236,7 +271,7 @@ class ConceptRun:
             self.initial,
             held_out=held_out,
             checkpoint=checkpoint,
-            records=[] if self.folder is None else self.folder.start_log(self.first_step),
+            records=self._start_log(),
         )
 
     @property
@@ -244,9 +279,19 @@ class ConceptRun:
         """Whether its steps are done."""
         return self.training is not None and self.training.is_finished
 
+    def _start_log(self) -> list[StepRecord]:
+        """The log of the steps that are done."""
+        folder, group = self.folder, self.context.group
+        if folder is None:
+            return []
+        if group is None:
+            return folder.start_log(self.first_step)
+        group.first(lambda: folder.start_log(self.first_step))
+        return [record for record in folder.read_log() if record.step <= self.first_step]
+
     def log(self, record: StepRecord) -> None:
         """Add a line to the log."""
-        if self.folder is not None:
+        if self.folder is not None and self._writes:
             self.folder.append(record)
 
     def save(self, company: str, *, together: bool) -> None:
@@ -255,7 +300,8 @@ class ConceptRun:
         state = self.training.state
         if self.folder is not None and self._saved_step != state.step:
             state = dataclasses.replace(state, round=self._round_before + state.step, company=company)
-            self.folder.save(state, keep_previous=together)
+            if self._writes:
+                self.folder.save(state, keep_previous=together)
             self._saved_step = state.step
 
     def finish(self, keep_caches: bool) -> ConceptResult:
@@ -278,7 +324,7 @@ class ConceptRun:
             held_out_cache=training.held_out if keep_caches else None,
         )
         self.training = None
-        if self.folder is not None:
+        if self.folder is not None and self._writes:
             from cdas_fast.training.summary import write_run_report
 
             write_run_report(self.folder.path, result)

@@ -85,6 +85,8 @@ class TrainingConfig:
         activation_bytes: of a model whose layers are read when they are needed, memory for what layers keep for the
             backward pass: as many as fit keep it, the others run once more. None for no limit; with `recompute` none
             keeps anything. It does not bear on the result.
+        offload_activations: of such a model, hidden states between layers that run twice wait in the host's memory, and
+            on a CPU in temporary files.
         cache_bytes: without an output folder, activations are kept in memory up to this size, and in temporary
             memory-mapped files beyond it.
         checkpoint_every: steps between checkpoints.
@@ -119,6 +121,7 @@ class TrainingConfig:
     micro_batch_tokens: int = 4096
     recompute: bool = False
     activation_bytes: int | None = None
+    offload_activations: bool = False
     cache_bytes: int = 4 * 2**30
     checkpoint_every: int = 10
     evaluate_every: int = 1
@@ -214,7 +217,7 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, for telling whether a run may be resumed."""
         result = self.to_dict()
-        memory_and_speed = ("cache_bytes", "concepts_together", "recompute", "activation_bytes")
+        memory_and_speed = ("cache_bytes", "concepts_together", "recompute", "activation_bytes", "offload_activations")
         for name in (*memory_and_speed, "checkpoint_every", "evaluate_every"):
             del result[name]
         return result

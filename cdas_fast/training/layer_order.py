@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cdas_fast.distributed.processes import Processes
 from cdas_fast.errors import NonFiniteError, StorageError, expected_got
 from cdas_fast.models.layer_major import LayerwisePass
 from cdas_fast.models.layer_weights import LayerWeights
@@ -67,6 +68,7 @@ class LayerOrderPass:
         scratch: a folder for what is kept between layers; made if there is none.
         micro_batch_tokens: tokens of a batch, pads counted.
         memory_bytes: beyond this size hidden states are in a memory-mapped file.
+        processes: of several that share the store, which one this is; each does some of the batches.
         checkpoint_seconds: least time between two checkpoints; None for a minute.
         progress: whether to show it (never if the standard error is no terminal).
     """
@@ -81,10 +83,13 @@ class LayerOrderPass:
         *,
         micro_batch_tokens: int = 4096,
         memory_bytes: int = 4 * 2**30,
+        processes: Processes | None = None,
         checkpoint_seconds: float | None = None,
         progress: bool = True,
     ) -> None:
-        self.runner, self.weights, self.store, self.scratch = runner, weights, store, scratch
+        self.runner, self.weights, self.store = runner, weights, store
+        self.processes = processes or Processes()
+        self.scratch = scratch / f"{self.processes.rank}-of-{self.processes.count}"
         self.layers = passes[0].layers
         self._tokens, self._memory_bytes, self._progress = micro_batch_tokens, memory_bytes, progress
         self._seconds = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
@@ -114,6 +119,7 @@ class LayerOrderPass:
         found = self.store.find(sequence.key for one in passes for sequence in one.sequences)
         shared, pads = len(self.runner.prefix_ids), self.runner.pads
         batches = [(one, batch) for one in passes for batch in one.batches(shared, self._tokens, pads)]
+        batches = batches[self.processes.rank :: self.processes.count]
         missing = [(one, batch) for one, batch in batches if any(sequence.key not in found for sequence in batch)]
         begun = json.loads(self._metadata().get("batches", "[]"))
         if {_name(batch) for _, batch in missing} <= set(begun) <= {_name(batch) for _, batch in batches}:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from cdas_fast.data.pairs import ContrastivePairs
+from cdas_fast.distributed.process_group import ProcessGroup
 from cdas_fast.distributed.processes import Processes
 from cdas_fast.errors import InvalidInputError, NonFiniteError, expected_got
 from cdas_fast.models.layer_weights import spread
@@ -83,6 +84,7 @@ def train(
     load_in_4bit: bool = False,
     resident_layers: int | None = None,
     processes: Processes | None = None,
+    group: ProcessGroup | None = None,
 ) -> TrainingResult:
     """Learn a direction along which an interchange makes the model answer as it does to the counterfactual prompt.
 
@@ -119,6 +121,8 @@ def train(
         resident_layers: of a model given by name, how many of the layers beyond the intervened ones stay on the device;
             the others are read twice a step, however many micro-batches it has. All stay if None.
         processes: of several that train the same pairs, which one this is: each takes its share of the concepts.
+        group: of processes that divide the rows of each step instead. All get the result, the first one writes it; all
+            of them have to see `output_dir` and `activations_dir`.
 
     Returns:
         The vectors with their factors, and the history of the run.
@@ -128,6 +132,7 @@ def train(
         UnsupportedError: a model that is not a plain decoder.
         NonFiniteError: a NaN or an infinity; the row and the step are named and the last good state is kept. Of several
             concepts the others go on, and the error is in `TrainingResult.failed`.
+        ProcessGroupError: another process of the group has ended, does not answer, or has other settings.
         StorageError: the folder cannot be written.
 
     Source: the published Concept DAS implementation; see the README for the citation.
@@ -136,6 +141,8 @@ def train(
     held_out = None if validation is None else ContrastivePairs.from_any(validation)
     if resume and output_dir is None:
         raise InvalidInputError(expected_got("resume", "an output_dir to resume in", "none"))
+    if group is not None and output_dir is None:
+        raise InvalidInputError(expected_got("output_dir", "a folder that all processes of the group see", "none"))
     if config.patience is not None:
         measured = () if held_out is None else held_out.concept_ids
         if without := [concept_id for concept_id in pairs.concept_ids if concept_id not in measured]:
@@ -147,12 +154,18 @@ def train(
     sizes = {concept_id: counts[concept_id] for concept_id in pairs.concept_ids}
     own = list(sizes) if processes is None else processes.share(sizes)
     folders: dict[int, Path | None] = dict.fromkeys(own)
+    all_folders: list[Path] = []
     if output_dir is not None:
-        folders = {each: Path(output_dir) / f"concept_{each}" if several else Path(output_dir) for each in own}
-        if not resume:  # other processes may have begun in theirs
-            others = processes is not None and processes.count > 1
-            for folder in folders.values() if others else [output_dir]:
-                refuse_used_folder(folder)  # type: ignore[arg-type]
+        of_all = {each: Path(output_dir) / f"concept_{each}" if several else Path(output_dir) for each in sizes}
+        folders, all_folders = {each: of_all[each] for each in own}, [*of_all.values()]
+        if not resume:
+
+            def refuse_used() -> None:
+                others = processes is not None and processes.count > 1  # that may have begun in theirs
+                for folder in folders.values() if others else [output_dir]:
+                    refuse_used_folder(folder)  # type: ignore[arg-type]
+
+            refuse_used() if group is None else group.first(refuse_used)
     model, tokenizer = load_model(
         model, tokenizer, dtype=dtype, device=device, load_in_4bit=load_in_4bit, resident_layers=resident_layers
     )
@@ -161,9 +174,10 @@ def train(
         decoder.layer_index(layer)
     if decoder.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(decoder.device)
-    kept = _activations_folder(model, output_dir, activations_dir, list(sizes))
+    at_once = group is not None or layer_weights(model) is not None
+    kept = _activations_folder(at_once, output_dir, activations_dir, all_folders)
     with frozen(model), kept as activations, _suffix_kept(model, config):
-        context = RunContext(decoder, tokenizer, config, activations, progress)
+        context = RunContext(decoder, tokenizer, config, activations, progress, group)
         concepts = []
         quiet = None if progress and several else True
         for concept_id in tqdm(own, desc="Reading pairs", unit="concept", leave=False, disable=quiet):
@@ -173,8 +187,12 @@ def train(
             its_pairs, folder = pairs.of_concept(concept_id), folders[concept_id]
             concepts.append(ConceptRun(context, concept_id, its_pairs, its_held_out, folder))
         context.prefix_ids = agreed_prefix([concept.prefix_ids for concept in concepts])
+        if group is not None:
+            group.agree("run", sha256_of(*(concept.identity_sha256 for concept in concepts)))
         schedule = _Schedule(context, concepts)
         schedule.run(resume, callback)
+        if group is not None:
+            group.wait()  # before anything is deleted that another one may read
     results, failed = schedule.results, schedule.failed
     if failed and not several:
         raise next(iter(failed.values()))
@@ -184,16 +202,16 @@ def train(
 
 @contextmanager
 def _activations_folder(
-    model: nn.Module,
+    at_once: bool,
     output_dir: str | os.PathLike[str] | None,
     given: str | os.PathLike[str] | None,
-    concept_ids: Sequence[int],
+    folders: Iterable[Path],
 ) -> Iterator[Path | None]:
     """The folder given; else one for all concepts of the run, if their activations are computed at once.
 
-    That is so if the model's layers do not hold their weights. None if each concept is to have a folder of its own.
+    None if each concept is to have a folder of its own, among `folders`.
     """
-    if given is not None or layer_weights(model) is None:
+    if given is not None or not at_once:
         yield None if given is None else Path(given)
         return
     if output_dir is None:
@@ -202,8 +220,7 @@ def _activations_folder(
         return
     folder_of_run = Path(output_dir) / ACTIVATIONS
     yield folder_of_run  # upon an error it stays: a later run goes on with it
-    folders = [Path(output_dir) / f"concept_{each}" for each in concept_ids] if len(concept_ids) > 1 else [output_dir]
-    if all((Path(folder) / ARTIFACT_CONFIG).is_file() for folder in folders):  # other processes may be at work
+    if all((folder / ARTIFACT_CONFIG).is_file() for folder in folders):  # other processes may be at work
         shutil.rmtree(folder_of_run, ignore_errors=True)  # Windows keeps what is open
 
 
@@ -254,7 +271,7 @@ class _Schedule:
 
     def run(self, resume: bool, callback: Callable[[StepInfo], None] | None) -> None:
         """Train all concepts."""
-        found = {concept.concept_id: concept.prepare(resume) for concept in self.concepts}
+        found = self._prepared(resume)
         for concept in self.concepts:
             if concept.is_complete:
                 self.results[concept.concept_id] = concept.stored_result()
@@ -263,6 +280,8 @@ class _Schedule:
         pending = deque(concept for concept in self.concepts if not concept.is_complete)
         if self.context.weights is not None:
             self.context.cache_in_layer_order(pending)
+        elif self.context.group is not None:
+            self.context.cache_own_share(pending)
         bar = tqdm(
             total=sum(concept.total_steps for concept in pending),
             initial=sum(state.step for state in states.values()),
@@ -287,6 +306,20 @@ class _Schedule:
             for concept in self.active:  # interrupted: keep the last whole step
                 concept.save(self.company, together=self.limit > 1)
 
+    def _prepared(self, resume: bool) -> dict[int, tuple[Checkpoint, ...]]:
+        """The checkpoints of each concept."""
+
+        def prepare() -> dict[int, tuple[Checkpoint, ...]]:
+            return {concept.concept_id: concept.prepare(resume) for concept in self.concepts}
+
+        group = self.context.group
+        if group is None:
+            return prepare()
+        first = group.first(prepare)  # who deletes scraps
+        found = prepare() if first is None and resume else first or {each.concept_id: () for each in self.concepts}
+        group.agree("checkpoints", str({each: [state.step for state in states] for each, states in found.items()}))
+        return found
+
     def _admit(self, pending: deque[ConceptRun], states: Mapping[int, Checkpoint]) -> None:
         while pending and len(self.active) < self.limit:
             concept = pending.popleft()
@@ -302,7 +335,7 @@ class _Schedule:
         """A step of each active concept."""
         infos = []
         training = [concept.training for concept in self.active if concept.training is not None]
-        outcomes = step_together(self.context.objective, training)
+        outcomes = step_together(self.context.objective, training, self.context.group)
         self.round += 1
         for concept, outcome in zip(list(self.active), outcomes, strict=True):
             if isinstance(outcome, NonFiniteError):

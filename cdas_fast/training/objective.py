@@ -7,11 +7,13 @@ For each row, with h the base activations, h_src the source activation and q the
 
 from __future__ import annotations
 
+import gc
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,12 @@ from cdas_fast.ops.interchange import project
 from cdas_fast.training.cache import CachedRow
 from cdas_fast.training.config import Reduction
 from cdas_fast.training.sequences import batches_by_tokens
+
+SMALLEST_MICRO_BATCH = 64  # tokens; of less, running out of memory has another reason
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,7 @@ class DivergenceObjective:
         recompute: keep no activations for the backward pass, see `run_suffix`.
         activation_bytes: memory for those that are kept, where micro-batches go through the layers together; None for
             no limit.
+        offload: there, hidden states between layers that run twice wait off the device, see `run_layer_major`.
         impl: implementation of the ops.
         engine: what micro-batches go through, if several processes hold the weights together.
 
@@ -156,6 +165,7 @@ class DivergenceObjective:
         micro_batch_tokens: int = 4096,
         recompute: bool = False,
         activation_bytes: int | None = None,
+        offload: bool = False,
         impl: Implementation = "auto",
         engine: Engine | None = None,
     ) -> None:
@@ -169,6 +179,7 @@ class DivergenceObjective:
         self.beta = beta
         self.micro_batch_tokens = micro_batch_tokens
         self.recompute = recompute
+        self.offload = offload
         self._weights = layer_weights(decoder.model)
         budget = float("inf") if activation_bytes is None else float(activation_bytes)
         self._keep = KeepUpTo(0.0 if recompute else budget)
@@ -212,6 +223,39 @@ class DivergenceObjective:
         if pending:
             torch.autograd.backward(pending)
         return _in_order(sums, len(rows))
+
+    def within_memory(self, work: Callable[[], T]) -> T:
+        """Do what uses the methods above, and if memory runs out again with half the tokens in a micro-batch.
+
+        Where layers keep their activations by choice, they stop that first. What was changed stays so for what is done
+        later, and does not bear on the result but by rounding.
+
+        Raises:
+            OutOfMemoryError: of torch, if a micro-batch of a single row does not fit.
+        """
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or not self._can_do_with_less:
+                    raise
+            self._free_memory()
+            if self.is_layer_major and self._keep.budget:
+                self._keep.budget = 0.0
+                _logger.warning("out of memory: from now on all layers are run again for the backward pass")
+            else:
+                self.micro_batch_tokens //= 2
+                _logger.warning("out of memory: from now on %d tokens a micro-batch", self.micro_batch_tokens)
+
+    @property
+    def _can_do_with_less(self) -> bool:
+        return self.micro_batch_tokens > SMALLEST_MICRO_BATCH or bool(self.is_layer_major and self._keep.budget)
+
+    def _free_memory(self) -> None:
+        """Give back what a failed attempt left."""
+        gc.collect()
+        if self.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def is_layer_major(self) -> bool:
@@ -287,7 +331,7 @@ class DivergenceObjective:
         assert self._weights is not None
         passes, hidden_states = zip(*begun, strict=True)
         beyond = range(first + 1, self.decoder.num_layers)
-        finals = run_layer_major(passes, hidden_states, beyond, self._weights, self._keep)
+        finals = run_layer_major(passes, hidden_states, beyond, self._weights, self._keep, self.offload)
         yield from zip(waiting, finals, strict=True)
 
     def _suffix(self, one: _Prepared, hidden: Tensor) -> Tensor:
@@ -338,6 +382,11 @@ class DivergenceObjective:
             mask=None if self.prefix_length == shared else (packed.positions >= self.prefix_length).to(device),
         )
         return batch, hidden.to(device)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU torch raises no kind of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _row_sums(batch: MicroBatch, owner: Tensor, token_losses: Tensor) -> Tensor:
