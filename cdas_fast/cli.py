@@ -10,7 +10,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     from cdas_fast import __version__
 
     parser.add_argument("--version", action="version", version=f"cdas_fast {__version__}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher, beside LOCAL_RANK
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_train(commands)
@@ -141,6 +142,7 @@ def _add_train(commands: Any) -> None:
         "cdas-fast train ... --output out --resume    # go on after an interruption",
         "torchrun --nproc-per-node 4 -m cdas_fast.cli train ...    # several concepts, divided among processes",
         "torchrun --nproc-per-node 2 -m cdas_fast.cli train ... --data-parallel    # the rows of each step, divided",
+        "torchrun --nproc-per-node 2 -m cdas_fast.cli train ... --deepspeed --load-in-4bit    # the weights as well",
     )
     _add_model(train)
     train.add_argument(
@@ -227,6 +229,12 @@ def _add_train(commands: Any) -> None:
         "--data-parallel",
         action="store_true",
         help="under torchrun: divide the rows of each step among the processes; without it, the concepts",
+    )
+    train.add_argument(
+        "--deepspeed",
+        action="store_true",
+        help="under torchrun or deepspeed: divide the weights that training needs as well (ZeRO-3), beside the rows of "
+        "each step",
     )
     train.add_argument(
         "--timeout",
@@ -473,6 +481,8 @@ def _train(options: Any) -> None:
     from cdas_fast.data.pairs import ContrastivePairs
     from cdas_fast.distributed.process_group import ProcessGroup
     from cdas_fast.distributed.processes import Processes
+    from cdas_fast.distributed.zero3 import require_deepspeed
+    from cdas_fast.models.loading import resolve_device
     from cdas_fast.training import TrainingConfig, train
     from cdas_fast.training.summary import describe_training
 
@@ -508,7 +518,17 @@ def _train(options: Any) -> None:
     processes = Processes.from_environment()
     if processes.count > 1 and options.device is None and torch.cuda.is_available():
         options.device = f"cuda:{processes.local_rank}"
-    together = ProcessGroup.join(processes, options.timeout) if options.data_parallel else nullcontext()
+    together: AbstractContextManager[ProcessGroup | None] = nullcontext()
+    if options.deepspeed:
+        require_deepspeed()
+        if options.resident_layers is not None:
+            wanted = "none, with --deepspeed: all layers are divided"
+            raise InvalidInputError(expected_got("--resident-layers", wanted, options.resident_layers))
+        options.resident_layers = 0
+    if options.data_parallel or options.deepspeed:
+        on_cuda = resolve_device(options.device).type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if options.deepspeed and on_cuda else "gloo"
+        together = ProcessGroup.join(processes, options.timeout, backend)
     with together as group:
         model, tokenizer = _load(options)
         result = train(
@@ -523,6 +543,7 @@ def _train(options: Any) -> None:
             progress=processes.rank == 0,
             processes=None if group else processes,
             group=group,
+            deepspeed=options.deepspeed,
         )
     if group is not None and not group.is_first:
         return

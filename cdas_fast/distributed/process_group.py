@@ -2,12 +2,14 @@
 
 Each process holds the same direction and does the same updates, so all that they exchange in a step are sums of a few
 numbers: the gradient (R, D) and the rows' losses. They go through gloo, in memory of the CPU, also for models on GPUs.
+Weights that are partitioned among them, see zero3.py, take the way that is fastest for their device.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from cdas_fast.distributed.processes import Processes
 from cdas_fast.errors import CDASError, InvalidInputError, ProcessGroupError, expected_got
 
 TIMEOUT_SECONDS = 600.0
+_GONE = re.compile("gloo|Connection (closed|reset|refused)|NCCL|Timed out", re.IGNORECASE)  # in a plain RuntimeError
 
 T = TypeVar("T")
 
@@ -35,12 +38,15 @@ class ProcessGroup:
 
     @classmethod
     @contextmanager
-    def join(cls, processes: Processes, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[ProcessGroup]:
+    def join(
+        cls, processes: Processes, timeout_seconds: float = TIMEOUT_SECONDS, backend: str = "gloo"
+    ) -> Iterator[ProcessGroup]:
         """Wait for the others, and leave the group at the end.
 
         Args:
             processes: which one this is, of how many.
             timeout_seconds: how long another process may keep this one waiting, before it ends with an error.
+            backend: of torch; one beside gloo only for tensors on other devices, as in `cpu:gloo,cuda:nccl`.
 
         Raises:
             InvalidInputError: nothing says where the others are to be met.
@@ -52,7 +58,7 @@ class ProcessGroup:
         group = cls(processes, timeout_seconds)
         with group._explained("joining the group"):
             torch.distributed.init_process_group(
-                "gloo",
+                backend,
                 rank=processes.rank,
                 world_size=processes.count,
                 timeout=timedelta(seconds=timeout_seconds),
@@ -90,6 +96,13 @@ class ProcessGroup:
             parts[0] += part
         sums = parts[0].split([tensor.numel() for tensor in tensors])
         return [total.view(tensor.shape) for total, tensor in zip(sums, tensors, strict=True)]
+
+    def most(self, count: int) -> int:
+        """The greatest of the processes' numbers."""
+        found = torch.tensor([count])
+        with self._explained("comparing numbers"):
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return int(found)
 
     def wait(self) -> None:
         """Return when all processes have come here."""
@@ -136,16 +149,32 @@ class ProcessGroup:
         return [json.loads(bytes(each[: int(size)].tolist())) for each, size in pairs]
 
     @contextmanager
+    def explained(self, doing: str) -> Iterator[None]:
+        """Within the context, what torch raises when another process has gone is a `ProcessGroupError`.
+
+        For work that may also fail for reasons of its own: those are raised as they are.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and not _GONE.search(str(error)):
+                raise
+            raise self._error(doing, error) from error
+
+    @contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # torch's own kinds derive from it
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ProcessGroupError(
-                f"process {self.rank} of {self.count}: {doing}: another process has ended, or did not answer within "
-                f"{self.timeout_seconds:.0f} seconds ({reason}). Look for its own message, and start all of them again "
-                "with --resume."
-            ) from error
+            raise self._error(doing, error) from error
+
+    def _error(self, doing: str, error: RuntimeError) -> ProcessGroupError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return ProcessGroupError(
+            f"process {self.rank} of {self.count}: {doing}: another process has ended, or did not answer within "
+            f"{self.timeout_seconds:.0f} seconds ({reason}). Look for its own message, and start all of them again "
+            "with --resume."
+        )
 
 
 def share_of_rows(lengths: Sequence[int], processes: Processes) -> list[int]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from cdas_fast.distributed.process_group import ProcessGroup
 from cdas_fast.errors import CDASError, InvalidInputError, MissingDependencyError, expected_got
 from cdas_fast.models.handle_linear import HandleLinear
 from cdas_fast.models.layer_weights import Handle, LayerWeights, Layout, Scratch
@@ -47,6 +49,22 @@ def require_deepspeed() -> None:
         raise MissingDependencyError(
             "ZeRO-3 is DeepSpeed's: install the extra with pip install 'cdas_fast[deepspeed]', or train without it"
         )
+
+
+def partitionable(model: nn.Module) -> LayerWeights:
+    """The weights of a model that can be partitioned.
+
+    Raises:
+        InvalidInputError: its layers hold their weights themselves.
+        MissingDependencyError: no deepspeed.
+    """
+    require_deepspeed()
+    weights = layer_weights(model)
+    if weights is None:
+        wanted = "one whose layers are read when they are needed"
+        remedy = "Load it by name, with load_in_4bit=True or resident_layers=0."
+        raise InvalidInputError(expected_got("model", wanted, "one that is in memory", remedy))
+    return weights
 
 
 class PartitionedWeights:
@@ -126,7 +144,7 @@ class Bytes:
 
 
 class ZeroEngine:
-    """An `Engine` whose layers beyond one, and whose head, are partitioned among the processes of torch's group.
+    """An `Engine` whose layers beyond one, and whose head, are partitioned among the processes of a group.
 
     While it exists, no other pass through the layers beyond `layer` is possible, and neither embedding nor head are in
     the model. `close` makes the model what it was.
@@ -135,23 +153,20 @@ class ZeroEngine:
         decoder: of a model whose layers do not hold their linear weights.
         runner: of the passes to come; it takes up the prefix now.
         layer: the last one that is not partitioned.
+        group: the processes. On CUDA it has a backend for that.
         prefetch: whether the next layer is gathered while one computes.
 
     Raises:
-        InvalidInputError: another model, or no process group.
+        InvalidInputError: another model, or another device than DeepSpeed's.
         MissingDependencyError: no deepspeed.
+        ProcessGroupError: another process has ended, or does not answer; likewise in the methods.
     """
 
-    def __init__(self, decoder: Decoder, runner: Runner, layer: int, *, prefetch: bool = True) -> None:
-        require_deepspeed()
-        weights = layer_weights(decoder.model)
-        if weights is None:
-            remedy = "Load it by name, with load_in_4bit or resident_layers."
-            raise InvalidInputError(expected_got("model", "one that reads its layers when needed", "a whole", remedy))
-        if not torch.distributed.is_initialized():
-            remedy = "Start it with torchrun: torchrun --nproc-per-node N -m cdas_fast.cli train ... --deepspeed"
-            raise InvalidInputError(expected_got("process group", "one to partition the weights among", "none", remedy))
-        self.decoder, self.weights = decoder, weights
+    def __init__(
+        self, decoder: Decoder, runner: Runner, layer: int, group: ProcessGroup, *, prefetch: bool = True
+    ) -> None:
+        weights = partitionable(decoder.model)
+        self.decoder, self.weights, self.group = decoder, weights, group
         self.numbers = range(layer + 1, decoder.num_layers)
         self.partitioned = PartitionedWeights(decoder.device)
         self._layers = [decoder.layers[number] for number in self.numbers]
@@ -160,8 +175,9 @@ class ZeroEngine:
         weights.release()
         _start_deepspeed(decoder.device)
         try:
-            self._take_layers()
-            self._suffix = _Suffix(self._layers, self._take_head())
+            with group.explained("dividing weights"):
+                self._take_layers()
+                self._suffix = _Suffix(self._layers, self._take_head())
             self._offload = self._install_hooks(prefetch)
         except BaseException:
             self.close()
@@ -189,14 +205,18 @@ class ZeroEngine:
         self, hidden: Tensor, finals: Callable[[Tensor], Tensor], losses: Callable[[Tensor, Head], Tensor]
     ) -> Tensor:
         """See `Engine`."""
-        result: Tensor = self._suffix(hidden, finals=finals, losses=losses)
+        with self.group.explained("gathering weights"):
+            result: Tensor = self._suffix(hidden, finals=finals, losses=losses)
         return result
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`."""
+        with self.group.explained("gathering weights"):
+            torch.autograd.backward(loss)
 
     def rounds(self, count: int) -> int:
         """See `Engine`."""
-        most = torch.tensor([count], device=self.decoder.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        return int(most)
+        return self.group.most(count)
 
     def rest(self) -> None:
         """See `Engine`."""
@@ -215,7 +235,7 @@ class ZeroEngine:
             if len(room) < layout.nbytes:
                 room = torch.empty(layout.nbytes, dtype=torch.uint8)
             flat = room[: layout.nbytes]
-            if torch.distributed.get_rank() == 0:  # the others are sent its bytes
+            if self.group.is_first:  # the others are sent its bytes
                 layout.read_into(flat)
             self._demote(module)
             self.partitioned.add(number, self._partition(module, flat), layout)
@@ -320,6 +340,8 @@ def _start_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         # Joining would compile a C++ op of DeepSpeed's for most of a minute, which only its inference engine uses.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    # DeepSpeed's own affair, at each process's first gather
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 

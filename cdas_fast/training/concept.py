@@ -238,7 +238,7 @@ def step_together(
     def accumulate() -> tuple[Tensor, Tensor]:
         direction = (directions[0] if alone else directions).to(device).requires_grad_(True)
         sums = torch.zeros(len(rows))
-        if own:
+        if own or objective.engine is not None:  # then the others need this process, even if it has no row
             sums[own] = objective.accumulate_gradient(
                 [rows[place] for place in own],
                 [weights[place] for place in own],
@@ -258,7 +258,7 @@ def step_together(
         own = [*range(len(rows))] if group is None else share_of_rows(_lengths(rows), group.processes)
         intervention = Interchange(direction.to(device), objective.impl)
         losses = torch.zeros(len(rows))
-        if own:
+        if own or objective.engine is not None:
             asked = [rows[place] for place in own]
             losses[own] = objective.within_memory(lambda: objective.evaluate(asked, intervention))
         if group is not None:

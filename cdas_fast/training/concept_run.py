@@ -19,6 +19,7 @@ from cdas_fast.data.pairs import ContrastivePairs
 from cdas_fast.data.prompts import PromptFormat
 from cdas_fast.data.rows import TokenRows, tokenize_pairs
 from cdas_fast.distributed.process_group import ProcessGroup
+from cdas_fast.distributed.zero3 import ZeroEngine
 from cdas_fast.environment import versions
 from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.models.layer_weights import LayerWeights
@@ -76,8 +77,10 @@ class RunContext:
         activations_dir: Path | None,
         progress: bool,
         group: ProcessGroup | None = None,
+        partition: bool = False,
     ) -> None:
         self.decoder, self.config, self.progress, self.group = decoder, config, progress, group
+        self.partition = partition
         self.activations_dir = activations_dir
         self.format = PromptFormat(tokenizer, config.system_prompt, config.source_tokens, config.clean_spaces)
         self.prefix_length = self.format.prefix_length if config.prefix_length is None else config.prefix_length
@@ -182,7 +185,21 @@ class RunContext:
             activation_bytes=self.config.activation_bytes,
             offload=self.config.offload_activations,
             impl=self.config.impl,
+            engine=self.engine,
         )
+
+    @functools.cached_property
+    def engine(self) -> ZeroEngine | None:
+        """What partitions the weights that training needs, if that is asked for."""
+        if not self.partition or self.group is None:
+            return None
+        return ZeroEngine(self.decoder, self.runner, self.config.layers[0], self.group)
+
+    def close(self) -> None:
+        """Let the model be what it was."""
+        engine = self.__dict__.pop("engine", None)
+        if engine is not None:
+            engine.close()
 
 
 class ConceptRun:

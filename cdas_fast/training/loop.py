@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from cdas_fast.data.pairs import ContrastivePairs
 from cdas_fast.distributed.process_group import ProcessGroup
 from cdas_fast.distributed.processes import Processes
+from cdas_fast.distributed.zero3 import partitionable, require_deepspeed
 from cdas_fast.errors import InvalidInputError, NonFiniteError, expected_got
 from cdas_fast.models.layer_weights import spread
 from cdas_fast.models.loading import load_model
@@ -85,6 +86,7 @@ def train(
     resident_layers: int | None = None,
     processes: Processes | None = None,
     group: ProcessGroup | None = None,
+    deepspeed: bool = False,
 ) -> TrainingResult:
     """Learn a direction along which an interchange makes the model answer as it does to the counterfactual prompt.
 
@@ -123,12 +125,15 @@ def train(
         processes: of several that train the same pairs, which one this is: each takes its share of the concepts.
         group: of processes that divide the rows of each step instead. All get the result, the first one writes it; all
             of them have to see `output_dir` and `activations_dir`.
+        deepspeed: each process of the group keeps its part of the weights of the layers beyond the intervened ones and
+            of the head alone, by ZeRO-3; the model is then read in parts, as with `load_in_4bit`, in 4 bits or not.
 
     Returns:
         The vectors with their factors, and the history of the run.
 
     Raises:
         InvalidInputError: pairs, settings or folder that are not as they have to be.
+        MissingDependencyError: `deepspeed` without the package.
         UnsupportedError: a model that is not a plain decoder.
         NonFiniteError: a NaN or an infinity; the row and the step are named and the last good state is kept. Of several
             concepts the others go on, and the error is in `TrainingResult.failed`.
@@ -143,6 +148,14 @@ def train(
         raise InvalidInputError(expected_got("resume", "an output_dir to resume in", "none"))
     if group is not None and output_dir is None:
         raise InvalidInputError(expected_got("output_dir", "a folder that all processes of the group see", "none"))
+    if deepspeed:
+        require_deepspeed()
+        if group is None:
+            raise InvalidInputError(expected_got("group", "processes that the weights are divided among", "none"))
+        if resident_layers is not None:
+            wanted = "none, with deepspeed: all layers are divided"
+            raise InvalidInputError(expected_got("resident_layers", wanted, resident_layers))
+        resident_layers = None if isinstance(model, nn.Module) else 0
     if config.patience is not None:
         measured = () if held_out is None else held_out.concept_ids
         if without := [concept_id for concept_id in pairs.concept_ids if concept_id not in measured]:
@@ -169,6 +182,8 @@ def train(
     model, tokenizer = load_model(
         model, tokenizer, dtype=dtype, device=device, load_in_4bit=load_in_4bit, resident_layers=resident_layers
     )
+    if deepspeed:
+        partitionable(model)
     decoder = inspect_decoder(model)
     for layer in config.layers:
         decoder.layer_index(layer)
@@ -176,8 +191,9 @@ def train(
         torch.cuda.reset_peak_memory_stats(decoder.device)
     at_once = group is not None or layer_weights(model) is not None
     kept = _activations_folder(at_once, output_dir, activations_dir, all_folders)
-    with frozen(model), kept as activations, _suffix_kept(model, config):
-        context = RunContext(decoder, tokenizer, config, activations, progress, group)
+    with frozen(model), kept as activations, _suffix_kept(model, config, deepspeed), ExitStack() as stack:
+        context = RunContext(decoder, tokenizer, config, activations, progress, group, partition=deepspeed)
+        stack.callback(context.close)
         concepts = []
         quiet = None if progress and several else True
         for concept_id in tqdm(own, desc="Reading pairs", unit="concept", leave=False, disable=quiet):
@@ -225,15 +241,18 @@ def _activations_folder(
 
 
 @contextmanager
-def _suffix_kept(model: nn.Module, config: TrainingConfig) -> Iterator[None]:
-    """Let the layers that stay on the device be some of those that training needs."""
+def _suffix_kept(model: nn.Module, config: TrainingConfig, partition: bool) -> Iterator[None]:
+    """Let the layers that stay on the device be some of those that training needs; none if it partitions them."""
     weights = layer_weights(model)
     if weights is None:
         yield
         return
     before = weights.resident
     needed = range(config.layers[0] + 1, weights.count)
-    weights.keep(needed if len(before) == weights.count else spread(needed, len(before)))
+    if partition:
+        weights.keep(())
+    else:
+        weights.keep(needed if len(before) == weights.count else spread(needed, len(before)))
     try:
         yield
     finally:

@@ -78,6 +78,9 @@ class Engine(Protocol):
     ) -> Tensor:
         """`losses(finals(hidden), head)`; `finals` runs all layers of the suffix, once and in their order."""
 
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients of what `run` depended on, by a loss made of what it gave."""
+
     def rounds(self, count: int) -> int:
         """How many micro-batches each process has to run, if this one needs `count`."""
 
@@ -217,6 +220,8 @@ class DivergenceObjective:
             loss = (token_losses * weights[owner].to(token_losses.dtype)).sum()
             if self.is_layer_major:
                 pending.append(loss)
+            elif self.engine is not None:
+                self.engine.backward(loss)
             else:
                 torch.autograd.backward(loss)
             sums.append((batch, _row_sums(batch, owner, token_losses.detach())))
@@ -249,6 +254,8 @@ class DivergenceObjective:
 
     @property
     def _can_do_with_less(self) -> bool:
+        if self.engine is not None:  # a process cannot begin anew by itself: the others wait within a micro-batch
+            return False
         return self.micro_batch_tokens > SMALLEST_MICRO_BATCH or bool(self.is_layer_major and self._keep.budget)
 
     def _free_memory(self) -> None:
