@@ -271,12 +271,12 @@ class LayerWeights:
 
     def _expect(self, layer: int) -> None:
         """Read ahead in the direction in which layers were asked for lately."""
-        if self._last is not None and layer != self._last:
-            self._left(self._last)
-            following = layer + (1 if layer > self._last else -1)
+        before, self._last = self._last, layer
+        if before is not None and layer != before:
+            self._left(before)
+            following = layer + (1 if layer > before else -1)
             if 0 <= following < self.count:
                 self._prefetch(following)
-        self._last = layer
 
     def _flat(self, layer: int) -> Tensor:
         """The layer's bytes on the device."""
@@ -311,14 +311,14 @@ class LayerWeights:
         self._fill(layer)
 
     def _fill(self, layer: int) -> _Slot:
-        """Begin to read a layer into the slot that was used longest ago."""
+        """Begin to read a layer into a slot."""
         nbytes = self.layout(layer).nbytes
-        free = [slot for slot in self._ring if slot.layer is None or slot.layer != self._visited]
         if len(self._ring) < self.slots:
             slot = _Slot(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
             self._ring.append(slot)
         else:
-            slot = min(free, key=lambda slot: slot.used)
+            read_now = self._last if self._visited is None else self._visited
+            slot = self._free_slot([slot for slot in self._ring if slot.layer is None or slot.layer != read_now])
         if slot.filling is not None:  # nobody came for it
             slot.filling.exception()
         slot.layer, slot.filling, slot.used = None, None, next(self._clock)
@@ -343,6 +343,11 @@ class LayerWeights:
             except BaseException as error:
                 slot.filling.set_exception(error)
         return slot
+
+    @staticmethod
+    def _free_slot(slots: Sequence[_Slot]) -> _Slot:
+        """Which of the slots that nobody reads now is filled next: the one that was used longest ago."""
+        return min(slots, key=lambda slot: slot.used)
 
     def _left(self, layer: int) -> None:
         """Note on CUDA until when the slot of a layer is read by what was launched so far."""

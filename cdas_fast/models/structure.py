@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from cdas_fast.errors import InvalidInputError, UnsupportedError, expected_got
 from cdas_fast.storage import sha256_of
 
+_REPACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit
+
 
 @dataclass(frozen=True)
 class Head:
@@ -207,19 +209,38 @@ def _check_head(model: nn.Module, head: Head, final: Tensor, logits: Tensor) -> 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and restore each module's own mode afterwards."""
+    """Switch dropout and the like off, and restore each module's own mode afterwards.
+
+    bitsandbytes' 4-bit layers are kept from what they do in evaluation on a CPU with AVX-512-BF16: turn their weights,
+    for good, into a form that no gradient gets through, without an error.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    repacking = [module for module in model.modules() if getattr(module, _REPACKS, False)]
     model.eval()
+    for module in repacking:
+        setattr(module, _REPACKS, False)
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for module in repacking:
+            setattr(module, _REPACKS, True)
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients; each module and parameter is as it was afterwards."""
+    """Evaluation mode without parameter gradients; each module and parameter is as it was afterwards.
+
+    Raises:
+        UnsupportedError: 4-bit layers of bitsandbytes that let no gradient through any more, see `evaluation_mode`.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            got = "one that has run in evaluation mode on a CPU with AVX-512-BF16"
+            remedy = "Load the model again, or let cdas_fast load it with load_in_4bit."
+            raise UnsupportedError(expected_got(name, "a 4-bit layer that lets gradients through", got, remedy))
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with evaluation_mode(model):
         for parameter, _ in flags:
