@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def train_on(
     dtype: torch.dtype = torch.float32,
     load_in_4bit: bool = True,
     pairs: int = len(PAIRS),
+    concepts: int = 1,
     held_out: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -117,7 +119,9 @@ def train_on(
     result = cdas_fast.train(
         model,
         tokenizer,
-        cdas_fast.ContrastivePairs([*PAIRS][:pairs]),
+        cdas_fast.ContrastivePairs(
+            replace(pair, concept_id=number % concepts) for number, pair in enumerate([*PAIRS][:pairs])
+        ),
         tiny_config(**{"layer": LAYER, "epochs": 2, **settings}),
         validation=PAIRS if held_out else None,
         output_dir=output,
@@ -126,7 +130,8 @@ def train_on(
         group=group,
         deepspeed=group is not None,
     )
-    return {"losses": losses, "bytes": nbytes, "direction": result.vector.direction}
+    directions = torch.stack([concept.vector.direction for concept in result.concepts.values()])
+    return {"losses": losses, "bytes": nbytes, "direction": directions}
 
 
 def weight_bytes(model: Any) -> int:

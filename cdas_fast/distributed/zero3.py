@@ -146,8 +146,8 @@ class Bytes:
 class ZeroEngine:
     """An `Engine` whose layers beyond one, and whose head, are partitioned among the processes of a group.
 
-    While it exists, no other pass through the layers beyond `layer` is possible, and neither embedding nor head are in
-    the model. `close` makes the model what it was.
+    While it exists, a pass through the layers beyond `layer` is one of all processes, and neither embedding nor head
+    are in the model. `close` makes the model what it was.
 
     Args:
         decoder: of a model whose layers do not hold their linear weights.
@@ -308,7 +308,8 @@ class ZeroEngine:
 
         def uninstall() -> None:
             offload.destroy()
-            FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not suffix]
+            ours = {*suffix.modules()}  # an error in the midst of a pass leaves some
+            FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in ours]
 
         self._undo.append(uninstall)
         return offload
