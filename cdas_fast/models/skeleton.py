@@ -105,16 +105,14 @@ def load_skeleton(
 
 def drop_embedding(model: Any) -> None:
     """Give the memory of the input embedding back, unless the head shares it; read again when it is next used."""
-    embedding = model.get_input_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weight, stored = embedding.weight, getattr(embedding, _STORED, None)
-    head = model.get_output_embeddings()
-    if stored is None or weight.is_meta or (head is not None and head.weight is weight):
+    if stored is None or not weight.numel() or (head is not None and head.weight is weight):
         return
-    dtype, device = weight.dtype, weight.device
-    embedding._parameters["weight"] = nn.Parameter(weight.to("meta"), requires_grad=False)
+    weight.data = weight.new_empty(0)  # others may hold the parameter
 
     def read_again(module: nn.Module, args: Any) -> None:
-        module._parameters["weight"] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
+        weight.data = stored.read().to(weight.device, weight.dtype)
         hook.remove()
 
     hook = embedding.register_forward_pre_hook(read_again)
