@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def load_skeleton(
     if resident_layers is not None and not 0 <= resident_layers <= count:
         raise InvalidInputError(expected_got("resident_layers", f"a number from 0 to {count}", resident_layers))
     resident = None if resident_layers is None else spread(range(count), resident_layers)
-    weights = LayerWeights(layout, count, device, resident=resident)
+    weights = LayerWeights(layout, count, device, resident=resident, host_bytes=_pinnable_bytes(device))
     names.replace_linear(weights)
     _read_the_rest(model, names, shards, dtype, device)
     model.eval().requires_grad_(False)
@@ -101,6 +102,18 @@ def load_skeleton(
     # known before anything is dropped from memory, and of all weights
     weights.fingerprint = sha256_of(model_fingerprint(model), checkpoint_hash(shards), kind)
     return model
+
+
+def _pinnable_bytes(device: torch.device) -> int:
+    """Host memory that a process may pin for layers that it reads again: its share of half of what is free."""
+    if device.type != "cuda":
+        return 0
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    return free // 2 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def drop_embedding(model: Any) -> None:
