@@ -289,7 +289,7 @@ def test_every_part_is_counted_once(llama_8b: ModelSizes) -> None:
             "direction and optimiser": 4 * 3 * width * 4,
         }
     )
-    assert plan.host_training["streamed layers, pinned, one copy"] == pytest.approx(
+    assert plan.host_training["streamed layers, pinned by each"] == pytest.approx(
         14 * layer.linear_values * FOUR_BIT_BYTES
     )
     assert plan.host_training["hidden states, pinned"] == 19 * 1000 * width * 2
@@ -302,8 +302,8 @@ def test_data_parallel_shares_host_memory_and_divides_tokens(llama_70b: ModelSiz
     one = plan_of(replace(work, tokens=1024, response_tokens=512), parse_machine("1x24"), strategy)
     four = plan_of(work, parse_machine("4x24"), strategy)
     assert four.training == one.training
-    pinned = "streamed layers, pinned, one copy"
-    assert four.host_training[pinned] == one.host_training[pinned]
+    pinned = "streamed layers, pinned by each"
+    assert four.host_training[pinned] == 4 * one.host_training[pinned]
     assert four.host_training["hidden states, pinned"] == 4 * one.host_training["hidden states, pinned"]
 
 
@@ -512,8 +512,8 @@ def test_command_prints_tables_choice_and_command(capsys: pytest.CaptureFixture[
         "memory of a GPU, GiB (planned, not measured)",
         "memory of the host, GiB (planned, not measured)",
         "caching  training",
-        "resident: layers 33 to",
-        "streamed: layers",
+        " of layers 33 to 79, evenly spread",
+        "streamed: the other ",
         "offloaded:",
         "why:",
         "does not fit, by",

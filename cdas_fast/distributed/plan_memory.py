@@ -128,7 +128,7 @@ def host_training_parts(own: Workload, machine: Machine, strategy: Strategy) -> 
     if strategy.processes == "ZeRO-3":
         parts["suffix before it is divided"] = sum(stored)
     if strategy.streams and strategy.source == "host memory":
-        parts["streamed layers, pinned, one copy"] = sum(stored[strategy.resident_layers :])
+        parts["streamed layers, pinned by each"] = machine.ranks * sum(stored[strategy.resident_layers :])
     if strategy.offload:
         parts["hidden states, pinned"] = machine.ranks * len(own.suffix) * own.tokens * own.hidden_bytes
     return parts

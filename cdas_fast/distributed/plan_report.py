@@ -116,12 +116,12 @@ def _where(plan: Plan) -> list[str]:
     """What is resident, streamed and offloaded."""
     strategy, count = plan.strategy, len(plan.workload.suffix)
     first = plan.workload.layer + 1
-    resident = _layers(first, count if strategy.resident_layers is None else strategy.resident_layers)
+    suffix, number = _layers(first, count), strategy.resident_layers
+    resident = suffix if number is None else f"{number} of {suffix}, evenly spread"
     divided = f", divided among {plan.machine.gpus} GPUs" if strategy.processes == "ZeRO-3" else ""
     streamed = "nothing"
-    if strategy.resident_layers is not None:
-        source = f"from {strategy.source}, each read twice a step"
-        streamed = f"{_layers(first + strategy.resident_layers, _streamed(plan))} {source}"
+    if number is not None:
+        streamed = f"the other {count - number} from {strategy.source}, each read twice a step"
     offloaded = "hidden states between layers, to host memory" if strategy.offload else "nothing"
     not_loaded = f"in training the embedding and {_layers(0, first)}"
     return [

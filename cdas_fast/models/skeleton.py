@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def load_skeleton(
     if resident_layers is not None and not 0 <= resident_layers <= count:
         raise InvalidInputError(expected_got("resident_layers", f"a number from 0 to {count}", resident_layers))
     resident = None if resident_layers is None else spread(range(count), resident_layers)
-    weights = LayerWeights(layout, count, device, resident=resident)
+    weights = LayerWeights(layout, count, device, resident=resident, host_bytes=_pinnable_bytes(device))
     names.replace_linear(weights)
     _read_the_rest(model, names, shards, dtype, device)
     model.eval().requires_grad_(False)
@@ -103,18 +104,28 @@ def load_skeleton(
     return model
 
 
+def _pinnable_bytes(device: torch.device) -> int:
+    """Host memory that a process may pin for layers that it reads again: its share of half of what is free."""
+    if device.type != "cuda":
+        return 0
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    return free // 2 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def drop_embedding(model: Any) -> None:
     """Give the memory of the input embedding back, unless the head shares it; read again when it is next used."""
-    embedding = model.get_input_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weight, stored = embedding.weight, getattr(embedding, _STORED, None)
-    head = model.get_output_embeddings()
-    if stored is None or weight.is_meta or (head is not None and head.weight is weight):
+    if stored is None or not weight.numel() or (head is not None and head.weight is weight):
         return
-    dtype, device = weight.dtype, weight.device
-    embedding._parameters["weight"] = nn.Parameter(weight.to("meta"), requires_grad=False)
+    weight.data = weight.new_empty(0)  # others may hold the parameter
 
     def read_again(module: nn.Module, args: Any) -> None:
-        module._parameters["weight"] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
+        weight.data = stored.read().to(weight.device, weight.dtype)
         hook.remove()
 
     hook = embedding.register_forward_pre_hook(read_again)

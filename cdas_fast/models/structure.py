@@ -59,8 +59,11 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the activations."""
-        return next(self.layers[0].parameters()).dtype
+        """Dtype of the activations: of the first parameter of the first layer that is not quantised."""
+        for parameter in self.layers[0].parameters():
+            if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+                return parameter.dtype
+        raise UnsupportedError(expected_got("first layer", "a floating-point parameter that is not quantised", "none"))
 
     def layer_index(self, layer: int, name: str = "layer") -> int:
         """`layer` itself if the model has it; raises `InvalidInputError` otherwise."""
@@ -235,12 +238,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Raises:
         UnsupportedError: 4-bit layers of bitsandbytes that let no gradient through any more, see `evaluation_mode`.
     """
-    for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            got = "one that has run in evaluation mode on a CPU with AVX-512-BF16"
-            remedy = "Load the model again, or let cdas_fast load it with load_in_4bit."
-            raise UnsupportedError(expected_got(name, "a 4-bit layer that lets gradients through", got, remedy))
+    _refuse_repacked(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with evaluation_mode(model):
         for parameter, _ in flags:
@@ -250,6 +248,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+
+def _refuse_repacked(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            got = "one that has run in evaluation mode on a CPU with AVX-512-BF16"
+            remedy = "Load the model again, or let cdas_fast load it with load_in_4bit."
+            raise UnsupportedError(expected_got(name, "a 4-bit layer that lets gradients through", got, remedy))
 
 
 def model_fingerprint(model: nn.Module) -> str:
