@@ -154,7 +154,7 @@ def saved_by_transformers(source: Path, folder: Path, **changes: Any) -> nn.Modu
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitsAndBytesConfig(**settings))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @pytest.mark.parametrize(
