@@ -254,7 +254,7 @@ class LayerOrderPass:
     def _save(self, layer: int, batches: Sequence[_Batch], flat: _Flat, entering: Sequence[Tensor]) -> None:
         tensors = {"hidden": flat.data}
         if entering:
-            tensors["prefix"] = entering[0]
+            tensors["prefix"] = entering[0].clone()  # the runner may keep it, and no file holds one twice
         tensors |= {f"runner.{name}": each for name, each in self.runner.prefix_state(-1).items()}
         for number, batch in enumerate(batches):
             tensors |= {f"found.{number}.{place[0]}.{place[1]}": each for place, each in batch.found.items()}
