@@ -260,9 +260,9 @@ class LayerWeights:
         """Within the context, the layer's dense weights are made once, and layer `then` is read meanwhile."""
         self._flat(layer)
         self._visited = layer
-        if then is not None:
-            self._prefetch(then)
         try:
+            if then is not None:
+                self._prefetch(then)
             yield
         finally:
             self._visited = None

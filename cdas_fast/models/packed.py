@@ -114,7 +114,7 @@ class Runner(Protocol):
         """Take up what a layer makes of the prefix, (1, P, D), after `begin_prefix` has run it."""
 
     def prefix_state(self, layer: int) -> dict[str, Tensor]:
-        """What the runner knows of the prefix, as far as suffixes from `layer` on need it."""
+        """What the runner knows of the prefix, as far as suffixes from `layer` need it; of -1, all of it."""
 
     def restore_prefix(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `prefix_state` gave."""
@@ -396,7 +396,7 @@ class PaddedRunner:
 
     def prefix_state(self, layer: int) -> dict[str, Tensor]:
         """See `Runner`."""
-        return {f"hidden.{layer}": self._prefix[layer]} if layer in self._prefix else {}
+        return {f"hidden.{each}": hidden for each, hidden in self._prefix.items() if layer in (-1, each)}
 
     def restore_prefix(self, state: Mapping[str, Tensor]) -> None:
         """See `Runner`."""

@@ -17,16 +17,17 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cdas_fast.errors import MissingDependencyError, UnsupportedError, expected_got
+from cdas_fast.errors import MissingDependencyError, StorageError, UnsupportedError, expected_got
 from cdas_fast.models.shards import INDEX, Shards, StoredTensor, read_header
 from cdas_fast.ops.nf4 import Nf4Weight
-from cdas_fast.storage import make_output_folder, write_json, write_tensors
+from cdas_fast.storage import make_output_folder, write_atomically, write_json, write_tensors
 
 BLOCK, NESTED_BLOCK = 64, 256  # values that share a scale, and scales that share one
 _PART = 2**22  # values that are quantised at a time; whole blocks
@@ -42,7 +43,8 @@ CONFIG: dict[str, Any] = {
     "llm_int8_skip_modules": ["lm_head"],
 }
 
-_BESIDE = ("*.json", "*.model", "*.jinja")  # of the checkpoint's folder: tokenizer and the like
+_BESIDE = ("*.json", "*.model", "*.jinja", "*.txt")  # of the checkpoint's folder: tokenizer and the like
+_UNQUANTIZED = "Take the original model with --load-in-4bit."
 
 
 def require_bitsandbytes() -> None:
@@ -85,21 +87,30 @@ def nf4_state(stored: Mapping[str, StoredTensor], name: str) -> tuple[tuple[int,
     """Shape of the quantised weight `name` of a checkpoint, and the offset of its scales (None if they are no bytes).
 
     Raises:
+        StorageError: what is stored of it is incomplete.
         UnsupportedError: it is quantised in another way.
     """
-    state = json.loads(bytes(stored[f"{name}.{STATE}"].read().tolist()))
+    what = f"{stored[name].path}: {name}"
+    try:
+        state = json.loads(bytes(stored[f"{name}.{STATE}"].read().tolist()))
+    except ValueError as error:
+        remedy = "Download or copy the model again."
+        raise StorageError(expected_got(what, "a state in JSON", str(error), remedy)) from error
     nested = state.get("nested_blocksize")
     if state.get("quant_type") != "nf4" or state.get("blocksize") != BLOCK or nested not in (None, NESTED_BLOCK):
         wanted = f"NF4 in blocks of {BLOCK}, and scales in blocks of {NESTED_BLOCK} or whole"
         got = f"{state.get('quant_type')} in blocks of {state.get('blocksize')}, and scales in blocks of {nested}"
-        raise UnsupportedError(expected_got(f"{stored[name].path}: {name}", wanted, got))
+        raise UnsupportedError(expected_got(what, wanted, got, _UNQUANTIZED))
+    pieces = PIECES[:1] if nested is None else PIECES
+    if missing := [piece for piece in pieces if f"{name}.{piece}" not in stored]:
+        raise StorageError(expected_got(what, f"a tensor {name}.{missing[0]} beside it", "none", _UNQUANTIZED))
     rows, columns = state["shape"]
     return (rows, columns), None if nested is None else float(state["nested_offset"])
 
 
 def nf4_weight(pieces: Mapping[str, Tensor], shape: tuple[int, int], offset: float | None) -> Nf4Weight:
     """What `dequantize_nf4` takes, of the tensors that bitsandbytes stores: "weight" and those of `PIECES`."""
-    packed, absmax = pieces["weight"].view(-1), pieces["absmax"]
+    packed, absmax = pieces["weight"].view(-1).view(torch.uint8), pieces["absmax"]  # stored in a dtype of any size
     if offset is None:
         return Nf4Weight(packed, absmax, None, None, None, shape)
     nested = pieces["nested_absmax"], pieces["nested_quant_map"]
@@ -131,6 +142,9 @@ class PackedCopy:
         make_output_folder(folder, "folder of packed weights")
         self.folder, self.source, self.layer_names, self.device = folder, source, layer_names, device
         self.linear, self._config = frozenset(linear), dict(config)
+        if self._has_all_layers() and not (folder / "config.json").exists():  # whoever wrote the last one was killed
+            with self._alone():
+                self._complete()
 
     def layer(self, layer: int) -> dict[str, StoredTensor]:
         """The tensors of a layer by their names in the model; quantised and written now unless they were before.
@@ -143,7 +157,13 @@ class PackedCopy:
                 if not path.exists():
                     self._pack(layer)
                     self._complete()
-        return read_header(path)
+        try:
+            return read_header(path)
+        except StorageError as error:
+            raise StorageError(f"{error} If you delete it, it is made again from the original.") from error
+
+    def _has_all_layers(self) -> bool:
+        return all(self._path(layer).exists() for layer in range(len(self.layer_names)))
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"model-layer-{layer:05d}.safetensors"
@@ -164,9 +184,9 @@ class PackedCopy:
 
     def _complete(self) -> None:
         """When all layers are there: copy what belongs to none, and write what makes the folder a model's."""
-        paths = [self._path(layer) for layer in range(len(self.layer_names))]
-        if not all(path.exists() for path in paths):
+        if not self._has_all_layers():
             return
+        paths = [self._path(layer) for layer in range(len(self.layer_names))]
         outside = [name for name in self.source if not name.startswith(tuple(self.layer_names))]
         for number, name in enumerate(outside):  # a file each: a head alone may be some gigabytes
             path = self.folder / f"model-end-{number:05d}.safetensors"
@@ -176,7 +196,7 @@ class PackedCopy:
         for pattern in _BESIDE:
             for path in self.source.folder.glob(pattern):
                 if path.name not in ("config.json", INDEX) and not (self.folder / path.name).exists():
-                    shutil.copyfile(path, self.folder / path.name)
+                    write_atomically(self.folder / path.name, partial(shutil.copyfile, path))
         headers = {path.name: read_header(path) for path in paths}
         total = sum(stored.nbytes for header in headers.values() for stored in header.values())
         files = {name: file for file, header in headers.items() for name in header}
@@ -193,6 +213,8 @@ class PackedCopy:
 
         with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            for scrap in self.folder.glob(".*.partial"):  # of a killed process: nobody else is writing now
+                scrap.unlink()
             yield
 
 
@@ -200,13 +222,15 @@ def is_quantized_copy(config: Mapping[str, Any]) -> bool:
     """Whether a model's configuration says that its weights are stored in 4 bits by bitsandbytes.
 
     Raises:
-        UnsupportedError: they are stored by another method, or in 8 bits.
+        UnsupportedError: they are stored by another method, in 8 bits, or as FP4.
     """
     found = config.get("quantization_config")
     if not found:
         return False
-    if found.get("quant_method") != "bitsandbytes" or not found.get("load_in_4bit"):
-        wanted = "weights that are not quantised, or in 4 bits by bitsandbytes"
-        got = f"{found.get('quant_method')}{' in 8 bits' if found.get('load_in_8bit') else ''}"
-        raise UnsupportedError(expected_got("model", wanted, got, "Take the original model with --load-in-4bit."))
+    method, kind = found.get("quant_method"), found.get("bnb_4bit_quant_type", "fp4")
+    if method != "bitsandbytes" or not found.get("load_in_4bit") or kind != "nf4":
+        wanted = "weights that are not quantised, or in NF4 by bitsandbytes"
+        got = f"{method} in 8 bits" if found.get("load_in_8bit") else method
+        got = f"{kind} by {method}" if found.get("load_in_4bit") else got
+        raise UnsupportedError(expected_got("model", wanted, got, _UNQUANTIZED))
     return True

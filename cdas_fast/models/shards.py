@@ -105,10 +105,10 @@ class Shards(Mapping[str, StoredTensor]):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._tensors: dict[str, StoredTensor] = {}
-        if (self.folder / INDEX).is_file():
-            names = self._indexed()
-        elif (self.folder / SINGLE).is_file():
+        if (self.folder / SINGLE).is_file():  # first, as transformers does: an index may be an older save's
             names = [SINGLE]
+        elif (self.folder / INDEX).is_file():
+            names = self._indexed()
         else:
             wanted = f"{SINGLE} or {INDEX} in the model's folder"
             remedy = "Save the model with save_pretrained(..., safe_serialization=True)."
@@ -118,10 +118,15 @@ class Shards(Mapping[str, StoredTensor]):
         self.paths = tuple(self.folder / name for name in names)
 
     def _indexed(self) -> list[str]:
-        index = read_json(self.folder / INDEX)
+        try:
+            index = read_json(self.folder / INDEX)
+        except StorageError as error:
+            raise StorageError(f"{error}. {_AGAIN}") from error
         files = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-            raise InvalidInputError(expected_got(str(self.folder / INDEX), "an index with a weight_map", "none"))
+            raise InvalidInputError(
+                expected_got(str(self.folder / INDEX), "an index with a weight_map", "none", _AGAIN)
+            )
         return sorted(set(files.values()))
 
     def __getitem__(self, name: str) -> StoredTensor:
@@ -148,11 +153,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if not 0 < length <= min(_LONGEST_HEADER, size - 8):
                 raise StorageError(expected_got(str(path), "a safetensors file", f"{size} bytes of another", _AGAIN))
             header = json.loads(file.read(length))
+    except StorageError:  # which is an OSError
+        raise
     except OSError as error:
         remedy = "Download or copy the model again."
         raise StorageError(expected_got(str(path), "a safetensors file", error.strerror, remedy)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(expected_got(str(path), "a safetensors header", str(error), _AGAIN)) from error
+    if not isinstance(header, dict):
+        raise StorageError(expected_got(str(path), "a safetensors header", type(header).__name__, _AGAIN))
     tensors = {}
     try:
         for name, entry in header.items():
@@ -160,7 +169,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 continue
             begin, end = entry["data_offsets"]
             if entry["dtype"] not in _DTYPES:
-                raise StorageError(expected_got(f"{path}: {name}", " or ".join(_DTYPES), entry["dtype"]))
+                remedy = "Save the model in one of these."
+                raise StorageError(expected_got(f"{path}: {name}", " or ".join(_DTYPES), entry["dtype"], remedy))
+            if any(type(number) is not int or number < 0 for number in (*entry["shape"], begin, end)):
+                got = f"shape {entry['shape']} at {begin}"
+                raise StorageError(expected_got(f"{path}: {name}", "sizes from 0", got, _AGAIN))
             stored = StoredTensor(path, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
             if stored.nbytes != end - begin or 8 + length + end > size:
                 wanted = f"{stored.nbytes} bytes of {name}, and a file of at least {8 + length + end}"

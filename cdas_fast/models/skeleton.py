@@ -65,13 +65,15 @@ def load_skeleton(
         StorageError: a file that is truncated or cannot be read.
         UnsupportedError: a model with weights in its layers that are no linear maps, such as a mixture of experts.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     shards = Shards(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     stored_in_4bit = is_quantized_copy(config.to_dict())
     if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or torch.float32
+        floating = (each.dtype for each in shards.values() if each.dtype.is_floating_point)
+        dtype = getattr(config, "dtype", None) or next(floating, torch.float32)
     assert isinstance(dtype, torch.dtype)
     settings = config.to_dict()
     settings.pop("quantization_config", None)
@@ -81,6 +83,8 @@ def load_skeleton(
         )
     assert not any(buffer.is_meta for buffer in model.buffers())  # rotary tables would be uninitialised memory
     names = _Names(model, shards)
+    for layer in range(len(names.prefixes)):
+        names.matrices(layer, shards)  # what is wrong with a layer is said now, not when it is reached
     copy = None
     if load_in_4bit and not stored_in_4bit:
         identity = sha256_of(checkpoint_hash(shards), "nf4 double")[:16]
@@ -96,6 +100,8 @@ def load_skeleton(
     weights = LayerWeights(layout, count, device, resident=resident, host_bytes=_pinnable_bytes(device))
     names.replace_linear(weights)
     _read_the_rest(model, names, shards, dtype, device)
+    if (folder / GENERATION_CONFIG_NAME).is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval().requires_grad_(False)
     setattr(model, ATTRIBUTE, weights)
     kind = "nf4" if copy is not None or stored_in_4bit else "plain"
@@ -196,8 +202,13 @@ class _Names:
             else:
                 shape = tuple(stored[name].shape)  # type: ignore[assignment]
                 matrix = Matrix(shape, {"weight": stored[name]})
+            what = f"{stored[name].path}: {name}"
+            if not matrix.quantized and not stored[name].dtype.is_floating_point:
+                remedy = "Take the original model, with --load-in-4bit if it is to be small."
+                raise UnsupportedError(
+                    expected_got(what, "floating-point numbers, or NF4 by bitsandbytes", stored[name].dtype, remedy)
+                )
             if shape != wanted:
-                what = f"{stored[name].path}: {name}"
                 raise InvalidInputError(expected_got(what, f"shape {wanted}, by the configuration", shape))
             found[linear] = matrix
         return found
@@ -238,7 +249,7 @@ class _Names:
 
 
 def _read_the_rest(model: nn.Module, names: _Names, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
-    """Read every parameter that is no linear weight of a layer, and bring buffers to the device."""
+    """Read every parameter that is no linear weight of a layer, and buffers if they are stored; all to the device."""
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     aliases: dict[nn.Parameter, list[str]] = {}  # a tied parameter has two names, and one tensor under either
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -255,6 +266,14 @@ def _read_the_rest(model: nn.Module, names: _Names, shards: Shards, dtype: torch
         for end in ends:
             if end is not None and parameter is end.weight:
                 setattr(end, _STORED, stored)
+    kept = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        stored = shards.get(names.stored(name)) if name in kept else None
+        if stored is not None:
+            if stored.shape != tuple(buffer.shape):
+                what, wanted = f"{stored.path}: {stored.name}", f"shape {tuple(buffer.shape)}, by the configuration"
+                raise InvalidInputError(expected_got(what, wanted, stored.shape))
+            buffer.copy_(stored.read())
     for module in model.modules():
         for name, own in [*module.named_parameters(recurse=False)]:
             module._parameters[name] = read[own]

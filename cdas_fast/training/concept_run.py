@@ -121,8 +121,11 @@ class RunContext:
         """The linear weights of a model whose layers do not hold theirs."""
         return layer_weights(self.decoder.model)
 
-    def cache_in_layer_order(self, concepts: Iterable[ConceptRun]) -> None:
-        """Compute what is missing of the activations of all concepts, in one pass that reads each weight once."""
+    def cache_in_layer_order(self, concepts: Iterable[ConceptRun], *, check: bool) -> None:
+        """Compute what is missing of the activations of all concepts, in one pass that reads each weight once.
+
+        With `check`, also what the suffix of the first one is compared with.
+        """
         weights, store = self.weights, self.kept_store
         assert weights is not None
         assert store is not None
@@ -137,10 +140,11 @@ class RunContext:
             return
         started, resident = time.perf_counter(), weights.resident
         weights.keep(())  # those that training needs would only be in the way
+        checks = [check_pass(sets[0], shared)] if check else []
         LayerOrderPass(
             self.runner,
             weights,
-            [*merged_passes(sets), check_pass(sets[0], shared)],
+            [*merged_passes(sets), *checks],
             store,
             store.path.with_suffix(".scratch"),
             micro_batch_tokens=self.config.micro_batch_tokens,

@@ -8,6 +8,7 @@ it had reached; what it ends with is the same to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -108,11 +109,18 @@ class LayerOrderPass:
         if not self._wanted and (known is not None or not self.runner.prefix_ids):
             if known is not None:
                 self.runner.restore_prefix({name: each.clone() for name, each in known.items()})
+            self._clear()
             return
         make_output_folder(self.scratch, "folder of cached activations")
         with torch.no_grad(), self.store.writer(self._expected_bytes()) as writer:
             self._run(writer)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Delete the folder for what is kept between layers, and the one around it unless other processes need it."""
         shutil.rmtree(self.scratch, ignore_errors=True)  # Windows keeps what is open
+        with contextlib.suppress(OSError):
+            self.scratch.parent.rmdir()
 
     def _batches_to_run(self, passes: Sequence[SequencePass]) -> list[tuple[SequencePass, list[CachedSequence]]]:
         """Batches of which anything is missing, or those of a pass that was interrupted, if it was to do them all."""
@@ -246,7 +254,7 @@ class LayerOrderPass:
     def _save(self, layer: int, batches: Sequence[_Batch], flat: _Flat, entering: Sequence[Tensor]) -> None:
         tensors = {"hidden": flat.data}
         if entering:
-            tensors["prefix"] = entering[0]
+            tensors["prefix"] = entering[0].clone()  # the runner may keep it, and no file holds one twice
         tensors |= {f"runner.{name}": each for name, each in self.runner.prefix_state(-1).items()}
         for number, batch in enumerate(batches):
             tensors |= {f"found.{number}.{place[0]}.{place[1]}": each for place, each in batch.found.items()}

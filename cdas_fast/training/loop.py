@@ -298,7 +298,8 @@ class _Schedule:
         self.round, states = common_round(found, self.company)
         pending = deque(concept for concept in self.concepts if not concept.is_complete)
         if self.context.weights is not None:
-            self.context.cache_in_layer_order(pending)
+            # a concept that is complete was checked when it was cached: no reason to read all layers again
+            self.context.cache_in_layer_order(pending, check=not self.results)
         elif self.context.group is not None:
             self.context.cache_own_share(pending)
         bar = tqdm(
