@@ -193,7 +193,7 @@ def _run(options: argparse.Namespace, child: dict[str, Any]) -> dict[str, Any]:
     confined_by = _confine(child)
     import cdas_fast
     from cdas_fast.demo import demo_pairs
-    from cdas_fast.training import loop
+    from cdas_fast.training.concept_run import RunContext
 
     peaks: dict[str, int] = {}
     started = time.perf_counter()
@@ -209,13 +209,12 @@ def _run(options: argparse.Namespace, child: dict[str, Any]) -> dict[str, Any]:
         micro_batch_tokens=options.micro_batch_tokens,
         recompute=True,
     )
-    step: Any = loop.__dict__["step_together"]
+    cache = RunContext.cache_in_layer_order
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        if "caching" not in peaks:
-            peaks["caching"] = _peak_and_reset()
-            marks["cached"] = time.perf_counter()
-        return step(*args, **kwargs)
+    def noting(*args: Any, **kwargs: Any) -> None:
+        cache(*args, **kwargs)
+        peaks["caching"] = _peak_and_reset()
+        marks["cached"] = time.perf_counter()
 
     model, tokenizer = cdas_fast.load_model(
         write_model(options),
@@ -225,7 +224,7 @@ def _run(options: argparse.Namespace, child: dict[str, Any]) -> dict[str, Any]:
         resident_layers=child["resident_layers"],
         packed_dir=options.folder / "packed",
     )
-    with mock.patch.object(loop, "step_together", noting):  # the first step is when caching has ended
+    with mock.patch.object(RunContext, "cache_in_layer_order", noting):
         result = cdas_fast.train(model, tokenizer, pairs, config)
     peaks["training"] = _peak_and_reset()
     ended = time.perf_counter()

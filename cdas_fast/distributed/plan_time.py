@@ -9,7 +9,7 @@ from cdas_fast.distributed.hardware import Machine
 from cdas_fast.distributed.model_sizes import FOUR_BIT_BYTES
 from cdas_fast.distributed.plan_workload import Strategy, Workload
 
-GATHERS = 3  # of every layer a micro-batch: forward, recomputation, backward
+GATHERS = 2  # of every layer a micro-batch: for the forward pass, and for the backward pass with what it runs again
 FLOAT32_RATE = 0.25  # of the rate in bfloat16
 WAITING = 0.1  # of the computation of a step that streams: the ring's events, and copies that compete for the memory
 EXPOSED = 0.5  # of the shorter of computation and transfer is taken not to hide behind the longer

@@ -1,7 +1,8 @@
 """Which way to run a training fits where, and which of those that fit to take.
 
 A plan fits if it leaves a margin of 1 GiB for the allocator's fragmentation. Of the ways that fit, the one with the
-shortest estimated step is taken. So more memory, which only lets more ways fit, never gives a slower one.
+shortest estimated step is taken, ZeRO-3 only where nothing else fits. So more memory, which only lets more ways fit,
+never gives a slower one of the same kind.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class Decision:
 def decide(workload: Workload, machine: Machine, *, four_bit: bool | None = None) -> Decision:
     """Plan every strategy, and take the one with the shortest step of those that fit.
 
-    Of equal ones it takes data parallel before ZeRO-3, dense weights before 4-bit, and no offloading. Dense weights are
-    streamed only if that is asked for.
+    It takes ZeRO-3 only if no other way fits, and of equal ones dense weights before 4-bit, and no offloading. Dense
+    weights are streamed only if that is asked for.
 
     Args:
         workload: what is trained.
@@ -121,7 +122,8 @@ def _streams_needlessly(plan: Plan, others: Iterable[Plan]) -> bool:
     strategy = plan.strategy
     alike = (other for other in others if other.fits and not other.strategy.streams and strategy.streams)
     return any(
-        (other.strategy.four_bit, other.strategy.recompute) == (strategy.four_bit, strategy.recompute)
+        (other.strategy.four_bit, other.strategy.recompute, other.strategy.processes)
+        == (strategy.four_bit, strategy.recompute, strategy.processes)
         and other.step.total <= plan.step.total
         for other in alike
     )
@@ -135,12 +137,15 @@ def _last_resort(plan: Plan, four_bit: bool | None) -> int:
 
 
 def _order(plan: Plan) -> tuple[object, ...]:
-    """The better plan is smaller: fits, then is fast, then is simple; of those that do not fit, lacks the least."""
+    """The better plan is smaller: fits, is not ZeRO-3, is fast, is simple; of those that do not fit, lacks the least.
+
+    ZeRO-3 comes behind data parallel whatever its time: in it a process that is late or dead holds up every layer.
+    """
     if not plan.fits:
         return True, plan.shortfall
     strategy, step = plan.strategy, plan.step
-    simple = (strategy.processes == "ZeRO-3", strategy.four_bit, strategy.offload)
-    return False, step.total, *simple, step.transfer, plan.peak
+    simple = (strategy.four_bit, strategy.offload)
+    return False, strategy.processes == "ZeRO-3", step.total, *simple, step.transfer, plan.peak
 
 
 def _plans(workload: Workload, machine: Machine, four_bit: bool | None) -> Iterator[Plan]:

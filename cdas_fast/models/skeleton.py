@@ -7,10 +7,13 @@ the checkpoint tensor by tensor.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,7 @@ from cdas_fast.storage import sha256_of
 ATTRIBUTE = "layer_weights"  # of the model: its `LayerWeights`
 _NO_WEIGHT = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")  # what old checkpoints hold of computed buffers
 _STORED = "cdas_fast_stored"  # of the embedding: where its weight can be read again
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _SAMPLE = 256  # bytes of each tensor that tell one checkpoint from another
 
 
@@ -68,6 +72,8 @@ def load_skeleton(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
+    if device.type == "cpu":
+        _give_large_blocks_back()
     shards = Shards(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     stored_in_4bit = is_quantized_copy(config.to_dict())
@@ -108,6 +114,17 @@ def load_skeleton(
     # known before anything is dropped from memory, and of all weights
     weights.fingerprint = sha256_of(model_fingerprint(model), checkpoint_hash(shards), kind)
     return model
+
+
+def _give_large_blocks_back() -> None:
+    """Let glibc return blocks of 4 MiB and more to the system as soon as they are freed.
+
+    By itself it keeps blocks of up to 32 MiB for later ones, which in a training step on a CPU comes to several times
+    the activations of a layer. A page fault for 4 KiB is little beside what is computed with so much.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def _pinnable_bytes(device: torch.device) -> int:
