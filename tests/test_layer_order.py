@@ -276,7 +276,7 @@ def test_checkpoint_that_is_not_this_ones_is_not_used(
     setting = Setting(model_folder, "float32", "packed", (1, 3), [rows_of()])
     store, scratch = setting.store(tmp_path / "store"), tmp_path / "scratch"
     interrupted(setting, store, scratch, 3)
-    change(scratch / "0-of-1" / PROGRESS)
+    change(next(scratch.glob(f"*/{PROGRESS}")))
     before = setting.weights.traffic.layers
     setting.in_layer_order(store, scratch)
     assert setting.weights.traffic.layers - before >= LAYERS - 3
@@ -286,6 +286,20 @@ def test_checkpoint_that_is_not_this_ones_is_not_used(
     expected = setting.store(tmp_path / "expected")
     setting.batch_by_batch(expected)
     assert_same_entries(store, expected, setting.keys())
+
+
+@pytest.mark.usefixtures("saves_after_every_layer")
+def test_passes_over_other_sequences_leave_a_checkpoint_alone(model_folder: Path, tmp_path: Path) -> None:
+    """As of processes that divide the concepts among them."""
+    setting = Setting(model_folder, "float32", "packed", (1, 3), [rows_of()])
+    store, scratch = setting.store(tmp_path / "store"), tmp_path / "scratch"
+    interrupted(setting, store, scratch, 3)
+    other = Setting(model_folder, "float32", "packed", (1, 3), [rows_of(concept(0))])
+    other.in_layer_order(other.store(tmp_path / "other"), scratch)
+    assert len(list(scratch.glob(f"*/{PROGRESS}"))) == 1
+    before = setting.weights.traffic.layers
+    setting.in_layer_order(store, scratch)
+    assert setting.weights.traffic.layers - before < LAYERS
 
 
 @pytest.mark.usefixtures("saves_after_every_layer")

@@ -90,7 +90,9 @@ class LayerOrderPass:
     ) -> None:
         self.runner, self.weights, self.store = runner, weights, store
         self.processes = processes or Processes()
-        self.scratch = scratch / f"{self.processes.rank}-of-{self.processes.count}"
+        # Processes that train other concepts, and know nothing of this one, may be at work in the same place.
+        own = sha256_of(*sorted(sequence.key for one in passes for sequence in one.sequences))[:16]
+        self.scratch = scratch / f"{own}-{self.processes.rank}-of-{self.processes.count}"
         self.layers = passes[0].layers
         self._tokens, self._memory_bytes, self._progress = micro_batch_tokens, memory_bytes, progress
         self._seconds = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
