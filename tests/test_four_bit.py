@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ def results_agree(one: TrainingResult, other: TrainingResult) -> None:
     agree(losses, [one.vector.direction, other.vector.direction])
 
 
-# SmolLM2 in 4 bits and float32: one process, streamed, and two processes.
+# SmolLM2 in 4 bits and float32: one process that holds it all, streamed, and several processes.
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +70,36 @@ def read(folder: Path) -> tuple[list[float], torch.Tensor]:
     return [json.loads(line)["loss"] for line in lines], load_file(folder / "steering_vector.safetensors")["direction"]
 
 
-def test_smollm2_resident_streamed_and_divided(smollm2_arguments: list[str], tmp_path: Path) -> None:
-    assert main([*smollm2_arguments, "--output", str(tmp_path / "resident")]) == 0
-    assert main([*smollm2_arguments, "--resident-layers", "2", "--output", str(tmp_path / "streamed")]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cdas_fast.cli"]
-    command += [*smollm2_arguments, "--data-parallel", "--output", str(tmp_path / "divided")]
+@pytest.fixture(scope="module")
+def resident(
+    smollm2_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], torch.Tensor]:
+    folder = tmp_path_factory.mktemp("resident") / "out"
+    assert main([*smollm2_arguments, "--output", str(folder)]) == 0
+    return read(folder)
+
+
+def assert_as_resident(folder: Path, resident: tuple[list[float], torch.Tensor]) -> None:
+    losses, direction = read(folder)
+    assert len(losses) == 4
+    agree([resident[0], losses], [resident[1], direction])
+
+
+def test_smollm2_streamed(smollm2_arguments: list[str], resident: Any, tmp_path: Path) -> None:
+    assert main([*smollm2_arguments, "--resident-layers", "2", "--output", str(tmp_path / "out")]) == 0
+    assert_as_resident(tmp_path / "out", resident)
+
+
+@pytest.mark.parametrize(("way", "processes"), [("--data-parallel", 2), ("--deepspeed", 2), ("--deepspeed", 4)])
+def test_smollm2_divided(way: str, processes: int, smollm2_arguments: list[str], resident: Any, tmp_path: Path) -> None:
+    if way == "--deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed: pip install 'cdas_fast[deepspeed]'")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["-m", "cdas_fast.cli", *smollm2_arguments, way, "--output", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    expected = read(tmp_path / "resident")
-    assert len(expected[0]) == 4
-    for other in ("streamed", "divided"):
-        found = read(tmp_path / other)
-        agree([expected[0], found[0]], [expected[1], found[1]])
+    assert_as_resident(tmp_path / "out", resident)
 
 
 # Models with bitsandbytes' own layers.

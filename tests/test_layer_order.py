@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -394,102 +391,6 @@ def test_run_of_a_streamed_model_is_that_of_the_whole_one(model_folder: Path, tm
     expected = cdas_fast.train(model_folder, None, RECORDS, tiny_config(**SETTINGS), device="cpu", progress=False)
     for number, result in found.concepts.items():
         assert result.vector.cosine(expected.concepts[number].vector) > 0.99999
-
-
-FORKED = """
-import os, random, signal, sys
-sys.path.insert(0, "tests")
-from pathlib import Path
-from types import SimpleNamespace
-import torch
-from test_layer_order import run, tiny_model
-from cdas_fast import load_model
-from cdas_fast.models.layer_weights import LayerWeights
-from cdas_fast.training import cache, layer_order, loop
-
-torch.set_num_threads(1)
-model, folder = Path(sys.argv[1]), Path(sys.argv[2])
-load_model(model, device="cpu", resident_layers=0)
-layer_order.CHECKPOINT_SECONDS = 0.0
-layer_order.time = SimpleNamespace(monotonic=lambda: 0.0)
-own_through, own_step = layer_order.LayerOrderPass._through, loop._Schedule._step
-batches = 0
-
-def child(out, resume, log, kill_at=None):
-    global batches
-    pid = os.fork()
-    if pid:
-        return os.waitpid(pid, 0)[1]
-    moments = 0
-
-    def moment(what):
-        nonlocal moments
-        moments += 1
-        with open(log, "a") as file:
-            print(what, file=file)
-        if moments == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def through(self, layer, *args):
-        moment(f"layer {layer}")
-        own_through(self, layer, *args)
-
-    def step(self):
-        moment("step")
-        return own_step(self)
-
-    def alone(*args):
-        moment("alone")
-
-    layer_order.LayerOrderPass._through, loop._Schedule._step, cache.require_finite = through, step, alone
-    run(model, out, resume=resume)
-    os._exit(0)
-
-assert child(folder / "whole", False, folder / "whole.log") == 0
-count = len((folder / "whole.log").read_text().splitlines())
-chosen = random.Random(int(sys.argv[3]))
-kills = [chosen.randrange(2, count) for _ in range(int(sys.argv[4]))]
-for number, kill_at in enumerate(kills):
-    out, log = folder / f"out {number}", folder / f"{number}.log"
-    assert child(out, False, log, kill_at) == signal.SIGKILL
-    assert (out / ".activations").is_dir()
-    with log.open("a") as file:
-        print("killed", file=file)
-    if number % 3 == 0:  # a second time
-        assert child(out, True, log, 3) in (0, signal.SIGKILL)
-        with log.open("a") as file:
-            print("killed", file=file)
-    assert child(out, True, log) == 0
-"""
-KILLS = 9
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_sigkill_anywhere_ends_in_the_same_bits(model_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FORKED, str(model_folder), str(tmp_path), "0", str(KILLS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = [SteeringVector.from_pretrained(tmp_path / "whole" / f"concept_{number}") for number in (0, 1)]
-    in_caching = in_training = 0
-    for number in range(KILLS):
-        out = tmp_path / f"out {number}"
-        for each, vector in enumerate(expected):
-            assert SteeringVector.from_pretrained(out / f"concept_{each}") == vector
-        assert {path.name for path in out.iterdir()} == {"concept_0", "concept_1"}
-        log = (tmp_path / f"{number}.log").read_text()
-        assert "alone" not in log, "nothing that was run was lost"
-        parts = log.split("killed\n")
-        for killed, resumed in itertools.pairwise(parts):
-            last = killed.splitlines()[-1]
-            layers = [int(line.removeprefix("layer ")) for line in resumed.splitlines() if line.startswith("layer")]
-            if last == "step":
-                in_training += 1
-                assert layers == [], "nothing is cached again"
-            else:
-                in_caching += 1
-                assert min(layers) == int(last.removeprefix("layer ")), "layers before are not run again"
-    assert in_caching >= 4
-    assert in_training >= 3
 
 
 def test_row_that_is_not_finite_fails_its_concept_alone(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

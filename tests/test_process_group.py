@@ -109,32 +109,6 @@ def test_a_group_finds_the_vector_of_one_process(
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 1 + len(found[1])))
 
 
-def test_a_killed_process_ends_all_and_they_resume(model_folder: Path, tmp_path: Path) -> None:
-    """Random kills of one process or all, until the run is through: no hang, and the same vector."""
-    chance = random.Random(5)
-    expected = alone(model_folder, {}, epochs=6, checkpoint_every=1)
-    given = {
-        "model": str(model_folder),
-        "output": str(tmp_path / "out"),
-        "settings": {"epochs": 6, "checkpoint_every": 1},
-    }
-    steps = len(expected.history)
-    for attempt, step in enumerate(sorted(chance.sample(range(1, steps), 3))):
-        victims = [0, 1] if attempt == 1 else [chance.randrange(2)]
-        started = time.monotonic()
-        ended = group_of(2, {**given, "resume": attempt > 0, "kill": {str(rank): step for rank in victims}})
-        assert time.monotonic() - started < TIMEOUT
-        for rank, process in enumerate(ended):
-            if rank in victims:
-                assert process.returncode == -9
-            else:
-                assert process.returncode == 8, process.stderr[-3000:]
-                assert f"process {rank} of 2" in process.stderr
-                assert "another process has ended" in process.stderr
-                assert "--resume" in process.stderr
-    agrees(results_of(group_of(2, {**given, "resume": True})), expected)
-
-
 def test_a_run_of_two_goes_on_with_one_and_with_three(model_folder: Path, tmp_path: Path) -> None:
     settings = {"epochs": 4, "checkpoint_every": 1}
     given = {"model": str(model_folder), "output": str(tmp_path / "out"), "settings": settings}
