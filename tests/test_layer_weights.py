@@ -111,6 +111,15 @@ def test_the_next_layer_is_read_meanwhile(stored: tuple[list[dict[str, Tensor]],
     assert weights.traffic.layers == 2 * COUNT - 3, "three are there at the turn"
 
 
+def test_nothing_is_read_beyond_what_is_resident(stored: tuple[list[dict[str, Tensor]], list[Path]]) -> None:
+    """A backward pass that ends at the first layer of the suffix needs none before it."""
+    weights = make(stored[1], resident=range(3, COUNT))
+    for layer in (*range(3, COUNT), *reversed(range(3, COUNT))):
+        weights.dense(layer, "a", torch.float32)
+    assert weights.traffic.layers == 0
+    assert weights._ring == []
+
+
 def test_a_dense_weight_is_made_once_a_visit(stored: tuple[list[dict[str, Tensor]], list[Path]]) -> None:
     weights = make(stored[1])
     with weights.visit(3):

@@ -166,8 +166,10 @@ def test_the_embedded_model_in_4_bits(embedded: Any, packed: str, tmp_path: Path
 
 
 @needs_deepspeed
-def test_a_process_that_ends_is_no_hang(model_folder: Path, packed: str, tmp_path: Path) -> None:
-    arguments = {"folder": str(model_folder), "packed": packed, "output": str(tmp_path / "out")}
+def test_a_process_that_ends_is_no_hang_and_the_run_goes_on(
+    model_folder: Path, packed: str, alone: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    arguments = {"folder": str(model_folder), "packed": packed, "output": str(tmp_path / "out"), "checkpoint_every": 1}
     processes = started(tmp_path / "results", 2, [("deserted", arguments)])
     written = [finish(process, 120.0) for process in processes]
     assert processes[1].returncode == 9
@@ -175,6 +177,12 @@ def test_a_process_that_ends_is_no_hang(model_folder: Path, packed: str, tmp_pat
     (message,) = result_of(tmp_path / "results", 0)
     assert message.startswith("process 0 of 2: ")
     assert message.endswith("start all of them again with --resume.")
+    for count in (2, 4):  # the second finds that nothing is left to do
+        jobs = [("train_on", {**arguments, "resume": True})]
+        for (found,) in launch(tmp_path / f"resumed by {count}", count, jobs):
+            assert len(found["losses"]) == (4 if count == 2 else 0)
+            expected = {**alone["4 bits"], "losses": alone["4 bits"]["losses"][2 if count == 2 else 6 :]}
+            _assert_same_run(found, expected)
 
 
 @needs_deepspeed

@@ -97,6 +97,7 @@ def train_on(
     pairs: int = len(PAIRS),
     concepts: int = 1,
     held_out: bool = False,
+    resume: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Losses, bytes of weights after each step, and the vector; of the whole model by itself, if there is no group."""
@@ -125,6 +126,7 @@ def train_on(
         tiny_config(**{"layer": LAYER, "epochs": 2, **settings}),
         validation=PAIRS if held_out else None,
         output_dir=output,
+        resume=resume,
         callback=note,
         progress=False,
         group=group,
@@ -291,10 +293,10 @@ def _kibibytes(name: str) -> int:
 
 
 def deserted(group: ProcessGroup, **arguments: Any) -> str:
-    """The error of a process whose neighbour ends within a run."""
+    """The error of a process whose neighbour ends after the second step of a run."""
 
     def leave(info: Any) -> None:
-        if not group.is_first:
+        if info.record.step == 2 and not group.is_first:
             os._exit(9)
 
     try:

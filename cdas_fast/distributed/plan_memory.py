@@ -14,7 +14,7 @@ from cdas_fast.distributed.plan_workload import Strategy, Workload
 CUDA_CONTEXT = 0.7 * GIB
 CPU_PROCESS = 0.5 * GIB  # Python and torch
 GPU_PROCESS = 2.0 * GIB  # the same in host memory, with CUDA's libraries
-LOSS_CHUNK = {"cuda": 0.25 * GIB, "cpu": 64 * 2**20}
+LOSS_CHUNK = {"cuda": 0.25 * GIB, "cpu": 1.7 * 64 * 2**20}  # on a CPU with the gradients of parts of the vocabulary
 RING_SLOTS = 3
 GATHERED_LAYERS = 2
 

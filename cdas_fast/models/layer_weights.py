@@ -270,12 +270,12 @@ class LayerWeights:
             self._left(layer)
 
     def _expect(self, layer: int) -> None:
-        """Read ahead in the direction in which layers were asked for lately."""
+        """Read ahead in the direction in which layers were asked for lately, if any of them had to be read."""
         before, self._last = self._last, layer
         if before is not None and layer != before:
             self._left(before)
             following = layer + (1 if layer > before else -1)
-            if 0 <= following < self.count:
+            if self._ring and 0 <= following < self.count:
                 self._prefetch(following)
 
     def _flat(self, layer: int) -> Tensor:
