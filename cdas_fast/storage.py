@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,13 +126,15 @@ def sha256_of(*parts: str | bytes) -> str:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    if not isinstance(error, OSError):
-        return f"{path}: {error}"
-    code = error.errno
+    if isinstance(error, OSError):
+        code = error.errno
+    else:  # of safetensors, which tells the number in its text alone
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(found[1]) if found else None
     if code == errno.ENOSPC:
         return f"{path}: no space left on the disk; nothing was overwritten. Free some space and run again."
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{path}: cannot be written or read ({error.strerror}). Choose another folder or mend its permissions."
+        return f"{path}: cannot be written or read ({os.strerror(code)}). Choose another folder, or mend permissions."
     if code in (errno.ENOTDIR, errno.EEXIST):
         return f"{path}: a part of this path is a file, not a folder. Choose another output folder."
     if code == errno.ENOENT:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from test_activation_store import FullDisk
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_runs import PAIRS, tiny_config
 
 import cdas_fast
-from cdas_fast import ContrastivePairs, SteeringVector, load_model
+from cdas_fast import ContrastivePairs, SteeringVector, load_model, storage
 from cdas_fast.data.prompts import PromptFormat
 from cdas_fast.data.rows import TokenRows, tokenize_pairs
 from cdas_fast.distributed.processes import Processes
@@ -353,6 +354,59 @@ def test_full_disk_is_found_before_the_pass(
     message = r"expected 0 MiB free for hidden states, got 0 MiB\. Free some space, or choose another folder"
     with pytest.raises(StorageError, match=message):
         setting.in_layer_order(store, tmp_path / "scratch", memory_bytes=0)
+
+
+@pytest.mark.usefixtures("saves_after_every_layer")
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_full_disk_loses_nothing(
+    share: float, monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path
+) -> None:
+    setting = Setting(model_folder, "float32", "packed", (1, 3), [rows_of(concept(0)), rows_of()])
+    expected, store = (setting.store(tmp_path / name) for name in ("whole", "store"))
+    scratch = tmp_path / "scratch"
+    setting.in_layer_order(expected, scratch, checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch:
+        FullDisk(patch, int(share * expected.size), ".bin")
+        with pytest.raises(StorageError, match=r"No space left on device\. Free some space or choose another folder"):
+            setting.in_layer_order(store, scratch, checkpoint_seconds=0.0)
+    reached = int(safe_open(str(next(scratch.glob(f"*/{PROGRESS}"))), framework="pt").metadata()["layer"])
+    before = setting.weights.traffic.layers
+    assert reached >= 1
+    setting.weights.keep(())
+    setting.in_layer_order(store, scratch)
+    assert setting.weights.traffic.layers - before == LAYERS - reached
+    assert_same_entries(store, expected, setting.keys())
+
+
+@pytest.mark.usefixtures("saves_after_every_layer")
+def test_full_disk_keeps_the_checkpoint_before(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path
+) -> None:
+    setting = Setting(model_folder, "float32", "packed", (1, 3), [rows_of()])
+    store, scratch = setting.store(tmp_path / "store"), tmp_path / "scratch"
+    own: Any = vars(storage)["save_file"]
+    saved = 0
+
+    def save(tensors: Any, path: str, metadata: Any) -> None:
+        nonlocal saved
+        saved += 1
+        own(tensors, path, metadata)
+        if saved == 3:
+            with Path(path).open("r+b") as file:
+                file.truncate(100)
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "save_file", save)
+        with pytest.raises(StorageError, match="no space left on the disk; nothing was overwritten"):
+            setting.in_layer_order(store, scratch, checkpoint_seconds=0.0)
+    before = setting.weights.traffic.layers
+    setting.weights.keep(())
+    setting.in_layer_order(store, scratch)
+    assert setting.weights.traffic.layers - before == LAYERS - 2
+    expected = setting.store(tmp_path / "expected")
+    setting.batch_by_batch(expected)
+    assert_same_entries(store, expected, setting.keys())
 
 
 # Whole runs
