@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -412,6 +414,32 @@ def test_number_of_resident_layers(resident: int, model_folder: Path) -> None:
         InvalidInputError, match=rf"resident_layers: expected a number from 0 to {LAYERS}, got {resident}"
     ):
         streamed(model_folder, resident)
+
+
+def test_model_of_the_hub(monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path) -> None:
+    """Weights that lie there twice are fetched once, and the commit is known."""
+    hub, snapshots = tmp_path / "hub", tmp_path / "snapshots"
+    shutil.copytree(model_folder, hub)
+    for other in ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin"):
+        (hub / other).parent.mkdir(exist_ok=True)
+        (hub / other).write_bytes(b"the same")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    utilities: Any = huggingface_hub.utils
+
+    def download(repository: str, *, revision: str, **patterns: Any) -> str:
+        assert (repository, revision) == ("someone/tiny", "main")
+        names = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
+        for name in utilities.filter_repo_objects(names, **patterns):
+            (snapshots / commit / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(hub / name, snapshots / commit / name)
+        return str(snapshots / commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model: Any = load_model("someone/tiny", tiny_tokenizer(), revision="main", device="cpu", resident_layers=1)[0]
+    assert model.config._commit_hash == commit
+    assert model.name_or_path == "someone/tiny"
+    fetched = {str(path.relative_to(snapshots / commit)) for path in snapshots.rglob("*") if path.is_file()}
+    assert {name for name in fetched if not name.endswith((".json", ".jinja"))} == {"model.safetensors"}
 
 
 def test_mixture_of_experts_is_refused(tmp_path: Path) -> None:

@@ -121,13 +121,19 @@ def _load_piecemeal(
     if "gguf_file" in options:
         remedy = "Load it whole, save it with save_pretrained, and give that folder."
         raise InvalidInputError(expected_got(f"model {location}", "safetensors files", options["gguf_file"], remedy))
-    folder = Path(location)
+    folder, commit = Path(location), None
     if not (folder / "config.json").is_file():
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.py"]
-        folder = Path(snapshot_download(location, revision=options.get("revision"), allow_patterns=patterns))
-    return load_skeleton(
+        others = ["original/*", "consolidated*"]  # the same weights once more, for other programs
+        folder = Path(
+            snapshot_download(
+                location, revision=options.get("revision"), allow_patterns=patterns, ignore_patterns=others
+            )
+        )
+        commit = folder.name
+    loaded = load_skeleton(
         folder,
         dtype=dtype,
         device=device,
@@ -136,6 +142,10 @@ def _load_piecemeal(
         packed_folder=lambda identity: packed / f"{folder.name}-{identity}",
         trust_remote_code=bool(options.get("trust_remote_code")),
     )
+    if commit is not None:
+        config: Any = loaded.config
+        config._commit_hash = commit  # as transformers notes it; what is saved names it
+    return loaded
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
