@@ -142,9 +142,26 @@ def test_whole_copy_is_a_model_here_and_in_transformers(dtype: torch.dtype, tmp_
     assert not (tmp_path / "none").exists(), "a copy is not copied"
     theirs = AutoModelForCausalLM.from_pretrained(copy)
     assert sum(type(module) is bnb.nn.Linear4bit for module in theirs.modules()) == 35
+    assert {module.compute_dtype for module in theirs.modules() if isinstance(module, bnb.nn.Linear4bit)} == {dtype}
     assert type(theirs.lm_head) is nn.Linear
     tolerance = 1e-5 if dtype == torch.float32 else 0.05  # they round elsewhere
     torch.testing.assert_close(logits(theirs), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_whole_copy_is_only_read(monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path) -> None:
+    """As one that an administrator has put where users may not write."""
+    packed(model_folder, tmp_path / "packed")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "packed").rglob("*")}
+
+    def refuse(path: Path, what: str) -> None:
+        raise StorageError(what)
+
+    monkeypatch.setattr(quantization, "make_output_folder", refuse)
+    model, _ = load_model(model_folder, device="cpu", load_in_4bit=True, packed_dir=tmp_path / "packed")
+    assert torch.isfinite(logits(model)).all()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "packed").rglob("*")} == before
+    with pytest.raises(StorageError, match="folder of packed weights"):
+        load_model(model_folder, device="cpu", load_in_4bit=True, packed_dir=tmp_path / "other")
 
 
 def saved_by_transformers(source: Path, folder: Path, **changes: Any) -> nn.Module:

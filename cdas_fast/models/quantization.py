@@ -139,10 +139,12 @@ class PackedCopy:
         device: torch.device,
     ) -> None:
         require_bitsandbytes()
-        make_output_folder(folder, "folder of packed weights")
         self.folder, self.source, self.layer_names, self.device = folder, source, layer_names, device
         self.linear, self._config = frozenset(linear), dict(config)
-        if self._has_all_layers() and not (folder / "config.json").exists():  # whoever wrote the last one was killed
+        if self._has_all_layers() and (folder / "config.json").exists():
+            return  # nothing is to be written, and perhaps nothing can
+        make_output_folder(folder, "folder of packed weights")
+        if self._has_all_layers():  # whoever wrote the last one was killed
             with self._alone():
                 self._complete()
 
@@ -201,7 +203,9 @@ class PackedCopy:
         total = sum(stored.nbytes for header in headers.values() for stored in header.values())
         files = {name: file for file, header in headers.items() for name in header}
         write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-        write_json(self.folder / "config.json", {**self._config, "quantization_config": CONFIG})
+        dtype = self._config.get("dtype") or self._config.get("torch_dtype") or "float32"  # by version of transformers
+        settings = {**CONFIG, "bnb_4bit_compute_dtype": dtype}
+        write_json(self.folder / "config.json", {**self._config, "quantization_config": settings})
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
