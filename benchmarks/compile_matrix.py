@@ -119,6 +119,27 @@ def nf4(dtype: torch.dtype, nested: bool = True) -> None:
     kernels.dequantize(packed, *statistics, absent(rows, width, dtype=dtype))
 
 
+def norm(width: int, dtype: torch.dtype, round_normalized: bool = True, rows: int = 3000) -> None:
+    kernels = importlib.import_module("cdas_fast.kernels.elementwise")
+    x, maths = absent(rows, width, dtype=dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    factor = absent(width, dtype=maths)
+    for grad_out in (None, x):
+        kernels.rms_norm(x, grad_out, factor, 1e-5, round_normalized, torch.empty_like(x))
+
+
+def gated(activation: str, dtype: torch.dtype, rows: int = 3000) -> None:
+    kernels = importlib.import_module("cdas_fast.kernels.elementwise")
+    gate, up, out, other = (absent(rows, 14336, dtype=dtype) for _ in range(4))
+    kernels.gated_activation(gate, up, activation, out)
+    kernels.gated_activation_backward(out, gate, up, activation, grad_gate=other, grad_up=torch.empty_like(out))
+
+
+def rotary(heads: int, dtype: torch.dtype, tokens: int = 300) -> None:
+    kernels = importlib.import_module("cdas_fast.kernels.elementwise")
+    x, table = absent(10, tokens, heads, 128, dtype=dtype), absent(1, tokens, 128, dtype=dtype)
+    kernels.rotate(x.transpose(1, 2), table, table, torch.empty_like(x))
+
+
 def absent(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -143,6 +164,18 @@ CALLS: dict[str, Callable[[], None]] = {
     "D 4096, R 6, float64": partial(subspace, 4096, 6, torch.float64),
     **{f"NF4 to {name}": partial(nf4, dtype) for name, dtype in FLOATS.items()},
     "NF4, statistics not quantised, to bfloat16": partial(nf4, torch.bfloat16, nested=False),
+    "norm of 128, bfloat16": partial(norm, 128, torch.bfloat16),
+    "norm of 4096, bfloat16": partial(norm, 4096, torch.bfloat16),
+    "norm of 4096, not rounded, float32": partial(norm, 4096, torch.float32, round_normalized=False),
+    "norm of 8192, bfloat16": partial(norm, 8192, torch.bfloat16),
+    "norm of 16384, float16": partial(norm, 16384, torch.float16),
+    "norm of 4096, float64": partial(norm, 4096, torch.float64),
+    "SiLU, bfloat16": partial(gated, "silu", torch.bfloat16),
+    "SiLU, float32": partial(gated, "silu", torch.float32),
+    "GELU, bfloat16": partial(gated, "gelu_tanh", torch.bfloat16),
+    "GELU, float64": partial(gated, "gelu_tanh", torch.float64),
+    "rotation of 32 heads, bfloat16": partial(rotary, 32, torch.bfloat16),
+    "rotation of 8 heads, float32": partial(rotary, 8, torch.float32),
 }
 
 
@@ -231,7 +264,8 @@ def table() -> str:
 Compiled, not measured: no kernel of this table has run on the GPU it was compiled for. Written by
 `python -m benchmarks.compile_matrix` with triton {triton.__version__}.
 
-Logits are {ROWS} x {VOCABULARY}, hidden is 3000 x D, a weight in NF4 is 4096 x 14336. Registers and spilled bytes are
+Logits are {ROWS} x {VOCABULARY}, hidden is 3000 x D, a weight in NF4 is 4096 x 14336, gates are 3000 x 14336,
+heads 3000 x 128. Registers and spilled bytes are
 those of a thread, shared bytes those of a program. Programs and occupancy: how many programs fit on a multiprocessor
 at once, and which part of its warps they are, an upper bound from registers, shared memory and warps. A kernel that
 several calls share is listed once.

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cdas_fast.benchmark.intervention import bench_interchange
 from cdas_fast.benchmark.loss import SHAPES, bench_loss
@@ -30,6 +31,9 @@ from cdas_fast.benchmark.report import shown
 from cdas_fast.benchmark.runner import check_settings, on_device
 from cdas_fast.errors import CDASError, InvalidInputError, expected_got
 from cdas_fast.ops import clamp, interchange, linear_jsd, linear_kl, linear_logprob
+from cdas_fast.ops.gated_activation import gated_activation
+from cdas_fast.ops.rms_norm import rms_norm
+from cdas_fast.ops.rotary_embedding import rotary_embedding
 from cdas_fast.storage import write_json, write_text
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -188,9 +192,74 @@ def _intervention_checks(
             yield compare(f"{op}, {name}: {part}", found, plain[number], truth[number], scale=4 * scale)
 
 
+def elementwise_checks(device: torch.device, impl: Any) -> Iterator[Check]:
+    """Results and gradients of what a layer does beside attention and linear maps."""
+    generator = torch.Generator(device).manual_seed(0)
+    for dtype in DTYPES:
+        for rows, width in ((33, 64), (7, 130), (3, 20000)):
+            x, y, grad_out = (
+                torch.randn(rows, width, generator=generator, device=device).to(dtype) * size for size in (3, 1, 1)
+            )
+            weight = torch.randn(width, generator=generator, device=device).to(dtype)
+            name = f"{str(dtype).removeprefix('torch.')}, {rows} x {width}"
+
+            def norm(x: Tensor, weight: Tensor = weight) -> Tensor:
+                return rms_norm(x, weight, 1e-5, offset=1.0, round_normalized=False, impl=impl)
+
+            def plain_norm(x: Tensor, weight: Tensor = weight) -> Tensor:
+                maths = x.to(torch.promote_types(x.dtype, torch.float32))
+                n = maths * torch.rsqrt(maths.square().mean(-1, keepdim=True) + 1e-5)
+                return ((1.0 + weight.to(maths.dtype)) * n).to(x.dtype)
+
+            yield from _elementwise_checks(f"rms_norm, {name}", norm, plain_norm, (x,), grad_out)
+            for activation, plain in (("silu", functional.silu), ("gelu_tanh", _gelu)):
+
+                def gated(gate: Tensor, up: Tensor, activation: Any = activation) -> Tensor:
+                    return gated_activation(gate, up, activation=activation, impl=impl)
+
+                def plain_gated(gate: Tensor, up: Tensor, plain: Any = plain) -> Tensor:
+                    product: Tensor = plain(gate) * up
+                    return product
+
+                checked = f"gated_activation, {activation}, {name}"
+                yield from _elementwise_checks(checked, gated, plain_gated, (x, y), grad_out)
+            if width % 2 == 0 and width <= 130:
+                cos, sin = (torch.rand(1, rows, width, generator=generator, device=device).to(dtype) for _ in range(2))
+                query = torch.stack([x, y])[None]  # (1, 2, T, E)
+
+                def rotated(query: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
+                    return rotary_embedding(query, query[:, :1], cos, sin, impl=impl)[0]
+
+                def plain_rotated(query: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
+                    first, second = query.chunk(2, -1)
+                    return query * cos.to(query) + torch.cat([-second, first], -1) * sin.to(query)
+
+                upstream = torch.stack([grad_out, grad_out])[None]
+                yield from _elementwise_checks(f"rotary_embedding, {name}", rotated, plain_rotated, (query,), upstream)
+
+
+def _gelu(gate: Tensor) -> Tensor:
+    return functional.gelu(gate, approximate="tanh")
+
+
+def _elementwise_checks(
+    name: str, ours: Callable[..., Tensor], formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor
+) -> Iterator[Check]:
+    def results(function: Callable[..., Tensor], at: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().to(at).requires_grad_() for tensor in inputs]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(at))
+
+    dtype = grad_out.dtype
+    found, plain, truth = results(ours, dtype), results(formula, dtype), results(formula, torch.float64)
+    for number, part in enumerate(("result", "grad first", "grad second")[: len(found)]):
+        scale = float(truth[number].abs().max().clamp(min=1))
+        yield compare(f"{name}: {part}", found[number], plain[number], truth[number], scale=scale)
+
+
 def run_checks(device: torch.device, impl: str) -> list[Check]:
     """All comparisons, those that fail named on standard error."""
-    checks = [*loss_checks(device, impl), *intervention_checks(device, impl)]
+    checks = [*loss_checks(device, impl), *intervention_checks(device, impl), *elementwise_checks(device, impl)]
     for check in checks:
         if not check.passed:
             bound = 2 * check.plain_error + check.band

@@ -643,17 +643,22 @@ def test_checks_pass_what_is_right(gpu: Any, impl: str) -> None:
     checks = gpu.run_checks(CPU, impl)
     assert [check.name for check in checks if not check.passed] == []
     names = {check.name for check in checks}
-    assert len(names) == len(checks) == 2 * 4 * 2 * 2 * 2 + 2 * 3 * 2 * 2 * 4
-    for part in ("jsd", "forward_kl", "reverse_kl", "logprob", "interchange", "clamp", "bfloat16", "all options"):
+    assert len(names) == len(checks) == 2 * 4 * 2 * 2 * 2 + 2 * 3 * 2 * 2 * 4 + 2 * (3 * (2 + 2 * 3) + 2 * 2)
+    ops = ("interchange", "clamp", "rms_norm", "gated_activation", "rotary_embedding")
+    for part in ("jsd", "forward_kl", "reverse_kl", "logprob", *ops, "bfloat16", "all options"):
         assert any(part in name for name in names), part
 
 
-def off_by_a_hundredth(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def wrong(*tensors: Tensor, **options: Any) -> Tensor:
+def changed(function: Callable[..., Any], change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def wrong(*tensors: Tensor, **options: Any) -> Any:
         result = function(*tensors, **options)
-        return result + result.detach() / 100  # the gradient is right
+        return tuple(map(change, result)) if isinstance(result, tuple) else change(result)
 
     return wrong
+
+
+def off_by_a_hundredth(function: Callable[..., Any]) -> Callable[..., Any]:
+    return changed(function, lambda result: result + result.detach() / 100)  # the gradient is right
 
 
 class Bent(torch.autograd.Function):
@@ -668,13 +673,19 @@ class Bent(torch.autograd.Function):
         return gradient * 1.05
 
 
-def with_a_bent_gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *tensors, **options: Bent.apply(function(*tensors, **options))
+def with_a_bent_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    return changed(function, Bent.apply)
 
 
 @pytest.mark.usefixtures("few_cases")
 @pytest.mark.parametrize("wrong", [off_by_a_hundredth, with_a_bent_gradient])
-@pytest.mark.parametrize("op", ["linear_jsd", "linear_kl", "linear_logprob", "interchange", "clamp"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("linear_jsd", "linear_kl", "linear_logprob", "interchange", "clamp"),
+        *("rms_norm", "gated_activation", "rotary_embedding"),
+    ],
+)
 def test_checks_fail_what_is_wrong(
     op: str, wrong: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -684,7 +695,7 @@ def test_checks_fail_what_is_wrong(
     assert failed
     assert all(f"WRONG {name}: error " in error for name in failed)
     part = {"linear_jsd": "jsd", "linear_kl": "_kl", "linear_logprob": "logprob"}.get(op, op)
-    kind = "grad" if wrong is with_a_bent_gradient else "result" if op in ("interchange", "clamp") else "loss"
+    kind = "grad" if wrong is with_a_bent_gradient else "loss" if op.startswith("linear") else "result"
     assert all(part in name and kind in name.split(": ")[-1] for name in failed)
     if kind == "loss":
         assert any("bfloat16" in name for name in failed), "losses are held to float32 whatever the inputs"

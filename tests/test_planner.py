@@ -19,9 +19,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from cdas_fast.cli import build_parser, main
-from cdas_fast.distributed import plan_memory
-from cdas_fast.distributed.hardware import CARDS, GIB, USABLE, Machine, parse_machine
-from cdas_fast.distributed.model_sizes import FOUR_BIT_BYTES, LayerSizes, ModelSizes, model_sizes, sizes_of
+from cdas_fast.distributed.hardware import CARDS, GIB, USABLE, parse_machine
+from cdas_fast.distributed.model_sizes import FOUR_BIT_BYTES, ModelSizes, model_sizes, sizes_of
 from cdas_fast.distributed.plan_report import as_json, command, describe, refusal
 from cdas_fast.distributed.plan_workload import Strategy, Workload, make_workload
 from cdas_fast.distributed.planner import MARGIN, Decision, Plan, decide, plan_of
@@ -237,13 +236,7 @@ BY_HAND = {
         ("ZeRO-3", 2048, 17.8),
     ],
 )
-def test_plans_agree_with_those_worked_out_by_hand(
-    way: str, tokens: int, gib: float, llama_70b: ModelSizes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def by_frozen_aware_ops(layer: LayerSizes, own: Workload, machine: Machine) -> float:
-        return layer.kept_bytes(own.itemsize)
-
-    monkeypatch.setattr(plan_memory, "kept_bytes", by_frozen_aware_ops)  # those worked out by hand take them for given
+def test_plans_agree_with_those_worked_out_by_hand(way: str, tokens: int, gib: float, llama_70b: ModelSizes) -> None:
     gpus, strategy = BY_HAND[way]
     machine = parse_machine(gpus)
     work = make_workload(llama_70b, 31, tokens=tokens * machine.gpus)
@@ -281,7 +274,7 @@ def test_every_part_is_counted_once(llama_8b: ModelSizes) -> None:
             "ring of 3 layers": 3 * layer.linear_values * FOUR_BIT_BYTES,
             "dequantised layer": layer.linear_values * 2,
             "hidden states on their way": 2 * 300 * width * 2,
-            "layer at work": 300 * (layer.kept_bytes(2, frozen_aware=False) + layer.backward_bytes(2)),
+            "layer at work": 300 * (layer.kept_bytes(2) + layer.backward_bytes(2)),
             "states and gradients of the step": 2 * 1000 * width * 2,
             "loss: chunk of logits": 0.25 * GIB,
             "loss: gradient rows, final states": 500 * width * (4 + 2 * 2),

@@ -92,6 +92,8 @@ def test_no_float64_in_float32_maths_and_no_atomics(architecture: str, compiler:
         ("D 4096, R 6 of 3 concepts, bfloat16", {"sequences": 32, "count": 16}),
         ("D 4096, R 6 of 3 concepts, bfloat16", {"sequences": 7, "count": 33}),
         ("D 4096, R 1, bfloat16", {"sequences": 41, "count": 1}),
+        *((call, {"rows": rows}) for call in ("norm of 4096, bfloat16", "SiLU, bfloat16") for rows in (1, 16, 37)),
+        *(("rotation of 32 heads, bfloat16", {"tokens": tokens}) for tokens in (16, 37)),
     ],
     ids=lambda value: "_".join(map(str, sum(value.items(), ()))) if isinstance(value, dict) else value,
 )

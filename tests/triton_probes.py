@@ -59,3 +59,31 @@ def divergence_with_autotune(logits: Tensor, target_logits: Tensor, loss: Tensor
     finally:
         _launch.autotunes, triton.testing.do_bench = autotunes, do_bench
     return first, len(timed) - first, len(_launch.head_candidates(_launch.head_parameters(logits.device)))
+
+
+def op_and_gradients(op: str, tensors: dict[str, Tensor], upstream: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
+    """What an op, named as module:name, and its backward pass return; tensors that require gradients are leaves."""
+    module, _, name = op.partition(":")
+    tensors = {key: each.detach().requires_grad_(each.requires_grad) for key, each in tensors.items()}
+    found = getattr(import_module(module), name)(**tensors, **options)
+    results = found if isinstance(found, tuple) else (found,)
+    leaves = [each for each in tensors.values() if each.requires_grad]
+    return [*(each.detach() for each in results), *torch.autograd.grad(results, leaves, upstream)]
+
+
+def fused_model(model_name: str) -> tuple[str, list[Tensor], list[Tensor]]:
+    """Which modules of a tiny model these kernels run; logits and gradient of the embedding, by them and by itself."""
+    tiny_model = import_module("tiny_models").tiny_model
+    decoder = import_module("cdas_fast.models.structure").inspect_decoder(tiny_model(model_name))
+    fused = import_module("cdas_fast.models.fused").find_fused(decoder, "triton")
+    ids = torch.arange(5, 21)[None]
+
+    def results() -> list[Tensor]:
+        embedded = decoder.model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = decoder.model(inputs_embeds=embedded, use_cache=False).logits
+        return [logits.detach(), *torch.autograd.grad(logits.square().mean(), embedded)]
+
+    by_itself = results()
+    with fused.applied():
+        by_kernels = results()
+    return f"{fused}, {fused.rotaries} rotary embeddings", by_kernels, by_itself

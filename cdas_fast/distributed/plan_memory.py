@@ -70,15 +70,14 @@ def _loss_parts(own: Workload, machine: Machine, kept_tokens: int) -> Parts:
     }
 
 
-def kept_bytes(layer: LayerSizes, own: Workload, machine: Machine, *, frozen_aware: bool | None = None) -> float:
+def kept_bytes(layer: LayerSizes, own: Workload, machine: Machine, *, frozen_aware: bool = True) -> float:
     """Bytes a token that a layer keeps for its backward pass.
 
-    On a CPU norms, MLPs and attention are ops that keep no more than frozen weights need; on GPUs norms and MLPs are
-    the modules' own, and capped attention logits are whole. `frozen_aware` asks what it would be otherwise.
+    Norms and MLPs are ops that keep no more than frozen weights need: `frozen_aware` asks what it would be otherwise,
+    as on a GPU without triton. So is attention on a CPU; on GPUs, capped logits of it are whole.
     """
     score_keys = 0 if machine.is_cpu else own.sequence_tokens
-    aware = machine.is_cpu if frozen_aware is None else frozen_aware
-    return layer.kept_bytes(own.itemsize, frozen_aware=aware, score_keys=score_keys)
+    return layer.kept_bytes(own.itemsize, frozen_aware=frozen_aware, score_keys=score_keys)
 
 
 def _base_parts(machine: Machine) -> Parts:

@@ -234,8 +234,8 @@ def _assumptions(plan: Plan) -> list[str]:
         lines[2] += f"; host to GPU {machine.link:g} GB/s"
     if work.suffix:
         kept = max(kept_bytes(layer, work, machine) for layer in work.suffix)
-        aware = max(kept_bytes(layer, work, machine, frozen_aware=True) for layer in work.suffix)
-        rest = "" if kept == aware else f" (ops that know that weights are frozen would keep {aware / 1000:.1f})"
+        plain = max(kept_bytes(layer, work, machine, frozen_aware=False) for layer in work.suffix)
+        rest = "" if machine.is_cpu else f"; without triton, {plain / 1000:.1f}"
         lines.append(f"- a layer keeps {kept / 1000:.1f} kB a token for its backward pass{rest}")
     if machine.is_cpu:
         lines.append("- Python and torch take 0.5 GiB")

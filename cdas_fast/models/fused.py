@@ -105,9 +105,8 @@ def find_fused(decoder: Decoder, impl: Implementation = "auto") -> Fused:
     Raises:
         InvalidInputError: `impl` is no implementation, or one for another device.
         MissingDependencyError: an implementation that is not installed.
-        UnsupportedError: `impl="triton"`, of which there is none.
     """
-    chosen = choose_implementation("find_fused", impl, decoder.device, has_triton=False)
+    chosen = choose_implementation("find_fused", impl, decoder.device)
     kinds: dict[Hashable, Function | None] = {}
     forwards: dict[nn.Module, Forward] = {}
     rotations: dict[Rotation, Rotation | None] = {}

@@ -56,7 +56,7 @@ def gated_activation(
         gate: what the activation is applied to, (..., I) of any strides; float16, bfloat16, float32 or float64.
         up: what it gates, of the same shape and dtype. Both may be halves of one tensor.
         activation: `silu` or `gelu_tanh`.
-        impl: `auto`, `reference` or `cpp`.
+        impl: `auto`, `reference`, `cpp` or `triton`.
 
     Returns:
         A new contiguous tensor of their shape and dtype. The maths is float32 (float64 for float64 input), autocast or
@@ -67,7 +67,6 @@ def gated_activation(
     Raises:
         InvalidInputError: shapes, dtypes, devices or an activation that do not fit.
         MissingDependencyError: an implementation that is not installed.
-        UnsupportedError: `impl="triton"`, of which there is none.
     """
     require_floating("gated_activation", gate=gate, up=up)
     if not gate.dim():
@@ -130,12 +129,16 @@ class Reference:
 
 
 def _functions(impl: str, gate: Tensor) -> Functions:
-    dtype = math_dtype(gate.dtype)
-    if choose_implementation("gated_activation", impl, gate.device, dtype, has_triton=False) == "reference":
-        return Reference()
-    from cdas_fast.ops import elementwise_cpp
+    chosen = choose_implementation("gated_activation", impl, gate.device, math_dtype(gate.dtype))
+    if chosen == "triton":
+        from cdas_fast.ops import elementwise_triton
 
-    return elementwise_cpp
+        return elementwise_triton
+    if chosen == "cpp":
+        from cdas_fast.ops import elementwise_cpp
+
+        return elementwise_cpp
+    return Reference()
 
 
 def _kernel(gate: Tensor, up: Tensor, activation: str, impl: str) -> Tensor:

@@ -55,7 +55,7 @@ def rms_norm(
         eps: what is added to the mean of the squares.
         offset: what is added to the weight.
         round_normalized: whether n and the factor are rounded to the dtype of `x` before they are multiplied.
-        impl: `auto`, `reference` or `cpp`.
+        impl: `auto`, `reference`, `cpp` or `triton`.
 
     Returns:
         A new contiguous tensor of the shape and dtype of `x`. The maths is float32 (float64 for float64 input),
@@ -67,7 +67,6 @@ def rms_norm(
     Raises:
         InvalidInputError: shapes, dtypes or devices that do not fit, or a weight that requires a gradient.
         MissingDependencyError: an implementation that is not installed.
-        UnsupportedError: `impl="triton"`, of which there is none.
     """
     require_floating("rms_norm", x=x, weight=weight)
     if not x.dim():
@@ -125,11 +124,16 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 
 
 def _functions(impl: str, x: Tensor) -> Functions:
-    if choose_implementation("rms_norm", impl, x.device, math_dtype(x.dtype), has_triton=False) == "reference":
-        return Reference()
-    from cdas_fast.ops import elementwise_cpp
+    chosen = choose_implementation("rms_norm", impl, x.device, math_dtype(x.dtype))
+    if chosen == "triton":
+        from cdas_fast.ops import elementwise_triton
 
-    return elementwise_cpp
+        return elementwise_triton
+    if chosen == "cpp":
+        from cdas_fast.ops import elementwise_cpp
+
+        return elementwise_cpp
+    return Reference()
 
 
 def _factor(x: Tensor, weight: Tensor, offset: float, round_normalized: bool) -> Tensor:

@@ -48,7 +48,7 @@ def rotary_embedding(
         key: G heads.
         cos: frozen factors of the columns, E even.
         sin: those of the columns of the other half.
-        impl: `auto`, `reference` or `cpp`.
+        impl: `auto`, `reference`, `cpp` or `triton`.
 
     Returns:
         Query and key of the same shapes and dtype, the heads of a token next to each other in memory. Products and
@@ -59,7 +59,6 @@ def rotary_embedding(
     Raises:
         InvalidInputError: shapes, dtypes or devices that do not fit, or tables that require a gradient.
         MissingDependencyError: an implementation that is not installed.
-        UnsupportedError: `impl="triton"`, of which there is none.
     """
     tensors = {"query": query, "key": key, "cos": cos, "sin": sin}
     require_floating("rotary_embedding", **tensors)
@@ -110,11 +109,16 @@ class Reference:
 
 
 def _functions(impl: str, x: Tensor) -> Functions:
-    if choose_implementation("rotary_embedding", impl, x.device, math_dtype(x.dtype), has_triton=False) == "reference":
-        return Reference()
-    from cdas_fast.ops import elementwise_cpp
+    chosen = choose_implementation("rotary_embedding", impl, x.device, math_dtype(x.dtype))
+    if chosen == "triton":
+        from cdas_fast.ops import elementwise_triton
 
-    return elementwise_cpp
+        return elementwise_triton
+    if chosen == "cpp":
+        from cdas_fast.ops import elementwise_cpp
+
+        return elementwise_cpp
+    return Reference()
 
 
 def _kernel(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, impl: str) -> tuple[Tensor, Tensor]:

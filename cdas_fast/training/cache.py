@@ -239,7 +239,7 @@ def cache_identity(
     """
     decoder = runner.decoder
     wanted = "auto" if impl == "triton" else impl  # as `make_runner` does
-    chosen: str = choose_implementation("cached activations", wanted, decoder.device, has_triton=False)
+    chosen: str = choose_implementation("cached activations", wanted, decoder.device)
     if wanted == "auto" and chosen == "reference":
         chosen = "the model's own"
     return {
