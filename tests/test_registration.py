@@ -11,7 +11,9 @@ import torch
 from head_cases import IMPLEMENTATIONS, Operations, leaf
 from torch import Tensor
 
-import cdas_fast.ops.nf4  # noqa: F401 - registers its ops, and nothing else here does
+import cdas_fast.ops.nf4  # each registers its ops, and nothing else here does
+import cdas_fast.ops.packed_attention
+import cdas_fast.ops.rotary_embedding  # noqa: F401
 from cdas_fast import clamp, interchange, linear_cross_entropy, linear_jsd, linear_kl, linear_logprob
 from cdas_fast.errors import InvalidInputError, MissingDependencyError, UnsupportedError
 from cdas_fast.ops import cpu_library
@@ -355,9 +357,7 @@ def test_implementation_takes_part_in_the_tests(impl: str) -> None:
     reason = {"cpp": cpu_library.why_not(), "triton": "needs TRITON_INTERPRET=1"}[impl]
     if impl not in IMPLEMENTATIONS:
         pytest.skip(reason)
-    for name, function in FUNCTIONS.items():
-        if impl == "triton" and name in ELEMENTWISE:
-            continue
+    for function in FUNCTIONS.values():
         expected = function(make_inputs(), impl="reference")
         torch.testing.assert_close(function(make_inputs(), impl=impl), expected, rtol=1e-5, atol=1e-5)
 
@@ -470,13 +470,6 @@ def test_refused(impl: str, device: str, error: type[Exception], message: str, m
     machine()
     with pytest.raises(error, match=f"^op: {message}"):
         choose_implementation("op", impl, torch.device(device))
-
-
-@pytest.mark.parametrize("name", ELEMENTWISE)
-def test_there_is_no_triton_kernel_of(name: str) -> None:
-    message = rf"{name}: impl: expected auto, reference or cpp, got 'triton'\. There is no Triton kernel of this op"
-    with pytest.raises(UnsupportedError, match=message):
-        FUNCTIONS[name](make_inputs(), impl="triton")
 
 
 def test_an_op_without_triton_takes_the_reference_on_a_gpu(machine: Callable[..., None]) -> None:

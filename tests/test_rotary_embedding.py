@@ -10,7 +10,7 @@ import torch
 from head_cases import DTYPES, assert_as_right_as_torch, leaf
 from torch import Tensor
 
-from cdas_fast.errors import InvalidInputError, UnsupportedError
+from cdas_fast.errors import InvalidInputError
 from cdas_fast.ops import cpu_library
 from cdas_fast.ops.rotary_embedding import rotary_embedding
 
@@ -154,9 +154,3 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"query": query, "key": key, "cos": cos, "sin": sin, **changes}
     with pytest.raises(InvalidInputError, match=f"^rotary_embedding: {message}"):
         rotary_embedding(**arguments)
-
-
-def test_there_is_no_triton_kernel() -> None:
-    query, key, cos, sin, *_ = make_case((2, 4, 5, 8), 2, 1, torch.float32)
-    with pytest.raises(UnsupportedError, match="no Triton kernel"):
-        rotary_embedding(query, key, cos, sin, impl="triton")

@@ -26,7 +26,7 @@ from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.ops.implementation import (
     Implementation,
     check_implementation,
-    choose_implementation,
+    elementwise_functions,
     math_dtype,
     require_floating,
     without_autocast,
@@ -129,16 +129,8 @@ class Reference:
 
 
 def _functions(impl: str, gate: Tensor) -> Functions:
-    chosen = choose_implementation("gated_activation", impl, gate.device, math_dtype(gate.dtype))
-    if chosen == "triton":
-        from cdas_fast.ops import elementwise_triton
-
-        return elementwise_triton
-    if chosen == "cpp":
-        from cdas_fast.ops import elementwise_cpp
-
-        return elementwise_cpp
-    return Reference()
+    functions: Functions = elementwise_functions("gated_activation", impl, gate, Reference())
+    return functions
 
 
 def _kernel(gate: Tensor, up: Tensor, activation: str, impl: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -56,6 +56,21 @@ def choose_implementation(
             return "triton"
         case _:
             return "reference"
+
+
+def elementwise_functions(op: str, impl: str, like: torch.Tensor, reference: Any) -> Any:
+    """What `op`, of those of csrc/elementwise.h and kernels/elementwise.py, runs by for a tensor such as `like`."""
+    match choose_implementation(op, impl, like.device, math_dtype(like.dtype)):
+        case "triton":
+            from cdas_fast.ops import elementwise_triton
+
+            return elementwise_triton
+        case "cpp":
+            from cdas_fast.ops import elementwise_cpp
+
+            return elementwise_cpp
+        case _:
+            return reference
 
 
 def check_implementation(op: str, impl: str) -> None:

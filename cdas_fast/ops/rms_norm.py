@@ -22,7 +22,7 @@ from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.ops.implementation import (
     Implementation,
     check_implementation,
-    choose_implementation,
+    elementwise_functions,
     math_dtype,
     require_floating,
     without_autocast,
@@ -124,16 +124,8 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 
 
 def _functions(impl: str, x: Tensor) -> Functions:
-    chosen = choose_implementation("rms_norm", impl, x.device, math_dtype(x.dtype))
-    if chosen == "triton":
-        from cdas_fast.ops import elementwise_triton
-
-        return elementwise_triton
-    if chosen == "cpp":
-        from cdas_fast.ops import elementwise_cpp
-
-        return elementwise_cpp
-    return Reference()
+    functions: Functions = elementwise_functions("rms_norm", impl, x, Reference())
+    return functions
 
 
 def _factor(x: Tensor, weight: Tensor, offset: float, round_normalized: bool) -> Tensor:

@@ -20,8 +20,7 @@ from cdas_fast.errors import InvalidInputError, expected_got
 from cdas_fast.ops.implementation import (
     Implementation,
     check_implementation,
-    choose_implementation,
-    math_dtype,
+    elementwise_functions,
     require_floating,
     without_autocast,
 )
@@ -109,16 +108,8 @@ class Reference:
 
 
 def _functions(impl: str, x: Tensor) -> Functions:
-    chosen = choose_implementation("rotary_embedding", impl, x.device, math_dtype(x.dtype))
-    if chosen == "triton":
-        from cdas_fast.ops import elementwise_triton
-
-        return elementwise_triton
-    if chosen == "cpp":
-        from cdas_fast.ops import elementwise_cpp
-
-        return elementwise_cpp
-    return Reference()
+    functions: Functions = elementwise_functions("rotary_embedding", impl, x, Reference())
+    return functions
 
 
 def _kernel(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, impl: str) -> tuple[Tensor, Tensor]:
