@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_runs import PAIRS, tiny_config
+from zero3_worker import free_port
 
 import cdas_fast
 from cdas_fast.cli import main
@@ -90,14 +91,24 @@ def test_smollm2_streamed(smollm2_arguments: list[str], resident: Any, tmp_path:
     assert_as_resident(tmp_path / "out", resident)
 
 
-@pytest.mark.parametrize(("way", "processes"), [("--data-parallel", 2), ("--deepspeed", 2), ("--deepspeed", 4)])
-def test_smollm2_divided(way: str, processes: int, smollm2_arguments: list[str], resident: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("way", "launcher", "processes"),
+    [("--data-parallel", "torchrun", 2), ("--deepspeed", "deepspeed", 2), ("--deepspeed", "torchrun", 4)],
+)
+def test_smollm2_divided(
+    way: str, launcher: str, processes: int, smollm2_arguments: list[str], resident: Any, tmp_path: Path
+) -> None:
     if way == "--deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed: pip install 'cdas_fast[deepspeed]'")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["-m", "cdas_fast.cli", *smollm2_arguments, way, "--output", str(tmp_path / "out")]
+    port = str(free_port())
+    start = ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port, "-m"]
+    if launcher == "deepspeed":
+        start = ["deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", port, "--module"]
+    command = [sys.executable, "-m", *start, "cdas_fast.cli", *smollm2_arguments, way]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert_as_resident(tmp_path / "out", resident)
 

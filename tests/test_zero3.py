@@ -155,8 +155,10 @@ def test_dividing_takes_a_layer_beside_the_shares(two: list[dict[str, Any]]) -> 
 
 
 @needs_deepspeed
-def test_the_embedded_model_in_4_bits(embedded: Any, packed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load_in_4bit", [True, False], ids=["4_bits", "plain"])
+def test_the_embedded_model(load_in_4bit: bool, embedded: Any, packed: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"folder": "smollm2-135m", "packed": packed, "layer": 15, "epochs": 1, "pairs": 4}
+    settings["load_in_4bit"] = load_in_4bit
     expected = train_on(None, **settings)
     for (found,) in launch(tmp_path / "results", 2, [("trained", {**settings, "output": str(tmp_path / "out")})]):
         assert len(found["losses"]) == 2
