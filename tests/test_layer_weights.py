@@ -21,8 +21,7 @@ COUNT = 7
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def stored(tmp_path: Path) -> tuple[list[dict[str, Tensor]], list[Path]]:
+def store_layers(folder: Path) -> tuple[list[dict[str, Tensor]], list[Path]]:
     """The weights of seven layers, and their files; sizes that no alignment divides, and that differ."""
     generator = torch.Generator().manual_seed(0)
     layers, paths = [], []
@@ -31,10 +30,16 @@ def stored(tmp_path: Path) -> tuple[list[dict[str, Tensor]], list[Path]]:
             name: torch.randn(shape, generator=generator).to(torch.bfloat16)
             for name, shape in {"a": (3, 5 + layer), "b": (7, 11), "c": (1, 1)}.items()
         }
-        paths.append(tmp_path / f"{layer}.safetensors")
+        paths.append(folder / f"{layer}.safetensors")
         save_file(tensors, str(paths[-1]))
         layers.append(tensors)
     return layers, paths
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[list[dict[str, Tensor]], list[Path]]:
+    """See `store_layers`."""
+    return store_layers(tmp_path)
 
 
 def layout_of(path: Path) -> Layout:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from threading import Lock
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class _Slot:
     layer: int | None = None
     filling: Future[None] | None = None  # until the layer is there
     copied: torch.cuda.Event | None = None  # on the stream that copies
-    read: torch.cuda.Event | None = None  # on the stream that computed with what was there before
+    read: torch.cuda.Event | None = None  # on the stream that computed with what was there, or whose memory it was
     used: int = 0
 
 
@@ -189,8 +190,12 @@ class LayerWeights:
         self._visited: int | None = None
         self._last: int | None = None
         self._clock = itertools.count(1)
-        self._reader = ThreadPoolExecutor(1, "cdas-fast-reader") if ahead else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pinning = Lock()  # of `_host` and `_staging`
+        device_of_thread: dict[str, Any] = {}
+        if device.type == "cuda":  # else the thread pins memory by way of the first GPU
+            device_of_thread = {"initializer": torch.cuda.set_device, "initargs": (device,)}
+        self._reader = ThreadPoolExecutor(1, "cdas-fast-reader", **device_of_thread) if ahead else None
 
     @property
     def resident(self) -> frozenset[int]:
@@ -258,6 +263,8 @@ class LayerWeights:
     @contextmanager
     def visit(self, layer: int, then: int | None = None) -> Iterator[None]:
         """Within the context, the layer's dense weights are made once, and layer `then` is read meanwhile."""
+        if self._last is not None:  # used outside of visits
+            self._left(self._last)
         self._flat(layer)
         self._visited = layer
         try:
@@ -314,7 +321,7 @@ class LayerWeights:
         """Begin to read a layer into a slot."""
         nbytes = self.layout(layer).nbytes
         if len(self._ring) < self.slots:
-            slot = _Slot(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
+            slot = _Slot(torch.empty(nbytes, dtype=torch.uint8, device=self.device), read=self._until_now())
             self._ring.append(slot)
         else:
             read_now = self._last if self._visited is None else self._visited
@@ -323,7 +330,9 @@ class LayerWeights:
             slot.filling.exception()
         slot.layer, slot.filling, slot.used = None, None, next(self._clock)
         if len(slot.data) < nbytes:
+            self._let_go(slot)
             slot.data = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            slot.read = self._until_now()
 
         def fill() -> None:
             if self._stream is not None and slot.read is not None:
@@ -355,9 +364,25 @@ class LayerWeights:
             return
         for slot in self._ring:
             if slot.layer == layer:
-                slot.read = torch.cuda.current_stream(self.device).record_event()
+                slot.read = self._until_now()
+
+    def _until_now(self) -> torch.cuda.Event | None:
+        """On CUDA, when all that was launched so far is done, also with memory that was given back meanwhile."""
+        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
+
+    def _let_go(self, slot: _Slot) -> None:
+        """Let whoever gets a slot's memory next wait until nothing is copied to it any more."""
+        if slot.filling is not None:
+            slot.filling.exception()
+        if slot.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.copied)
+            slot.copied = None
 
     def _filled(self, layer: int, flat: Tensor) -> Tensor:
+        """Bring a layer into memory that was just allocated."""
+        launched = self._until_now()
+        if self._stream is not None and launched is not None:
+            self._stream.wait_event(launched)
         copied = self._copy(layer, flat)
         if copied is not None:
             torch.cuda.current_stream(self.device).wait_event(copied)
@@ -369,18 +394,24 @@ class LayerWeights:
         if self._stream is None:
             layout.read_into(flat)
             return None
-        host = self._host.get(layer)
-        if host is None:
-            host, stays = self._pinned(layer, layout.nbytes)
-            layout.read_into(host)
-            if stays:
-                self._host[layer] = host
-        with torch.cuda.stream(self._stream):
-            flat.copy_(host, non_blocking=True)
-            event = self._stream.record_event()
-        if layer not in self._host:
-            event.synchronize()  # the staging memory is filled again next time
+        with self._pinning:  # the reader and the thread that computes may both come here
+            host = self._host.get(layer)
+            if host is None:
+                host, stays = self._pinned(layer, layout.nbytes)
+                layout.read_into(host)
+                if stays:
+                    self._host[layer] = host
+            with torch.cuda.stream(self._stream):
+                self._send(host, flat)
+                event = self._stream.record_event()
+            if layer not in self._host:
+                event.synchronize()  # the staging memory is filled again next time
         return event
+
+    @staticmethod
+    def _send(host: Tensor, flat: Tensor) -> None:
+        """Copy pinned memory to the device on the current stream; returns before that is done."""
+        flat.copy_(host, non_blocking=True)
 
     def _pinned(self, layer: int, nbytes: int) -> tuple[Tensor, bool]:
         """Host memory for a layer, and whether it may stay there."""
@@ -393,8 +424,7 @@ class LayerWeights:
 
     def _drop_ring(self) -> None:
         for slot in self._ring:
-            if slot.filling is not None:
-                slot.filling.exception()
+            self._let_go(slot)
         self._ring.clear()
 
 
