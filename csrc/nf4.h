@@ -32,8 +32,8 @@ template <> CDAS_INLINE void put_exactly<Bfloat16>(uint16_t* p, Vec<float> v) {
 }
 
 // Writes the 64 values that 32 bytes stand for, given what the 16 nibbles do. Of a byte the high nibble is first.
-CDAS_INLINE void look_up(const uint8_t* packed, const float* values, float* out) {
 #if defined(CDAS_AVX512)
+CDAS_INLINE void look_up(const uint8_t* packed, const float* values, float* out) {
   const __m512 table = _mm512_loadu_ps(values);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -42,7 +42,19 @@ CDAS_INLINE void look_up(const uint8_t* packed, const float* values, float* out)
     const __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
     _mm512_storeu_ps(out + 16 * i, _mm512_permutexvar_ps(index, table));
   }
+}
+CDAS_INLINE void look_up(const uint8_t* packed, const uint16_t* values, uint16_t* out) {
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)values));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(packed + 16 * i)));
+    // The permutation reads the low 5 bits of each index; the fifth changes nothing, for the table is there twice.
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+    _mm512_storeu_si512(out + 32 * i, _mm512_permutexvar_epi16(index, table));
+  }
+}
 #elif defined(CDAS_AVX2)
+CDAS_INLINE void look_up(const uint8_t* packed, const float* values, float* out) {
   const __m256 low = _mm256_loadu_ps(values), high = _mm256_loadu_ps(values + 8);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
@@ -55,24 +67,8 @@ CDAS_INLINE void look_up(const uint8_t* packed, const float* values, float* out)
     const __m256 from_low = _mm256_permutevar8x32_ps(low, index), from_high = _mm256_permutevar8x32_ps(high, index);
     _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(from_low, from_high, is_high));
   }
-#else
-  for (int i = 0; i < 32; ++i) {
-    out[2 * i] = values[packed[i] >> 4];
-    out[2 * i + 1] = values[packed[i] & 15];
-  }
-#endif
 }
 CDAS_INLINE void look_up(const uint8_t* packed, const uint16_t* values, uint16_t* out) {
-#if defined(CDAS_AVX512)
-  const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)values));
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(packed + 16 * i)));
-    // The permutation reads the low 5 bits of each index; the fifth changes nothing, for the table is there twice.
-    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
-    _mm512_storeu_si512(out + 32 * i, _mm512_permutexvar_epi16(index, table));
-  }
-#elif defined(CDAS_AVX2)
   // Bytes are what can be picked: those of the low halves of the table, those of the high halves, and then in pairs.
   const __m128i first = _mm_loadu_si128((const __m128i*)values), last = _mm_loadu_si128((const __m128i*)(values + 8));
   const __m128i byte = _mm_set1_epi16(0xff);
@@ -91,13 +87,16 @@ CDAS_INLINE void look_up(const uint8_t* packed, const uint16_t* values, uint16_t
     _mm256_storeu_si256((__m256i*)(out + 32 * i), _mm256_unpacklo_epi8(lows, highs));
     _mm256_storeu_si256((__m256i*)(out + 32 * i + 16), _mm256_unpackhi_epi8(lows, highs));
   }
+}
 #else
+template <typename T>
+CDAS_INLINE void look_up(const uint8_t* packed, const T* values, T* out) {
   for (int i = 0; i < 32; ++i) {
     out[2 * i] = values[packed[i] >> 4];
     out[2 * i + 1] = values[packed[i] & 15];
   }
-#endif
 }
+#endif
 
 template <typename Storage> class Nf4 {
   using S = typename Storage::Stored;
