@@ -61,6 +61,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         temporary.replace(path)
         temporary = None
         fsync_folder(path.parent)
+    except StorageError:  # of what `write` reads
+        raise
     except (OSError, SafetensorError) as error:
         raise StorageError(_explain(path, error)) from error
     finally:

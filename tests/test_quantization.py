@@ -21,7 +21,7 @@ from torch import nn
 
 from cdas_fast import load_model, storage
 from cdas_fast.errors import InvalidInputError, MissingDependencyError, StorageError, UnsupportedError
-from cdas_fast.models import quantization
+from cdas_fast.models import quantization, shards
 from cdas_fast.models.quantization import PackedCopy, quantize_nf4
 from cdas_fast.models.shards import INDEX, Shards
 from cdas_fast.models.skeleton import layer_weights
@@ -420,7 +420,7 @@ def test_interruption_before_each_file_and_after_it(
     for after in (False, True):
         writes = 0
         with monkeypatch.context() as patch:
-            for module in (storage, quantization):
+            for module in (storage, quantization, shards):
                 patch.setattr(module, "write_atomically", partial(dying, after=after))
             with pytest.raises(KeyboardInterrupt):
                 packed(source, tmp_path / str(after))
@@ -467,7 +467,7 @@ def test_full_disk(room: int, source: Path, copy: Path, monkeypatch: pytest.Monk
 
         return own(path, half)
 
-    for module in (storage, quantization):
+    for module in (storage, quantization, shards):
         monkeypatch.setattr(module, "write_atomically", full)
     with pytest.raises(StorageError, match=r"no space left on the disk; .* Free some space and run again\.") as caught:
         packed(source, tmp_path)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 from cdas_fast.errors import InvalidInputError, StorageError
+from cdas_fast.models import shards
 from cdas_fast.models.shards import INDEX, SINGLE, Shards, read_header
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -270,6 +271,33 @@ def test_file_that_changes_after_it_was_opened(change: Callable[[Path], Any], me
     with pytest.raises(StorageError, match=message) as caught:
         shards["c"].read()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**24])
+def test_one_tensor_is_copied(piece: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shards, "_COPIED_BYTES", piece)
+    tensors = {
+        "a": torch.arange(15.0).view(3, 5).bfloat16(),
+        "b": torch.tensor(3.5),
+        "c": torch.empty(0, 4),
+        "d": torch.arange(9, dtype=torch.int64),
+    }
+    save_file(tensors, tmp_path / SINGLE)
+    for name, stored in Shards(tmp_path).items():
+        stored.copy_to(tmp_path / "copy")
+        found = load_file(tmp_path / "copy")
+        assert list(found) == [name]
+        assert torch.equal(found[name], tensors[name])
+        assert (found[name].dtype, found[name].shape) == (tensors[name].dtype, tensors[name].shape)
+
+
+def test_copy_of_a_file_that_shrank_leaves_nothing(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(100.0)}, tmp_path / SINGLE)
+    stored = Shards(tmp_path)["a"]
+    shrink(tmp_path / SINGLE)
+    with pytest.raises(StorageError, match=rf"^{tmp_path / SINGLE}: a: expected 400 bytes at \d+, got 399"):
+        stored.copy_to(tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
 
 
 MEMORY = """

@@ -193,7 +193,7 @@ class PackedCopy:
         for number, name in enumerate(outside):  # a file each: a head alone may be some gigabytes
             path = self.folder / f"model-end-{number:05d}.safetensors"
             if not path.exists():
-                write_tensors(path, {name: self.source[name].read()}, {"format": "pt"})
+                self.source[name].copy_to(path)
             paths.append(path)
         for pattern in _BESIDE:
             for path in self.source.folder.glob(pattern):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cdas_fast.errors import InvalidInputError, StorageError, expected_got
-from cdas_fast.storage import read_json
+from cdas_fast.storage import read_json, write_atomically
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES: Final[dict[str, torch.dtype]] = {
@@ -34,6 +34,7 @@ _DTYPES: Final[dict[str, torch.dtype]] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_COPIED_BYTES = 16 * 2**20  # at a time
 _LONGEST_HEADER = 100_000_000  # bytes; that of the format
 _AGAIN = "The file is truncated or corrupt: download or copy it again."
 
@@ -64,19 +65,20 @@ class StoredTensor:
         self.read_into(data)
         return data.view(self.dtype).view(self.shape) if self.numel else torch.empty(self.shape, dtype=self.dtype)
 
-    def read_into(self, data: Tensor) -> None:
-        """Read its bytes into `data` (nbytes,), uint8 on the CPU.
+    def read_into(self, data: Tensor, begin: int = 0) -> None:
+        """Read bytes from `begin` on into `data`, uint8 on the CPU, until it is full.
 
         Raises:
             StorageError: the file is gone, shorter than it was, or cannot be read.
         """
-        if not self.nbytes:
+        wanted = data.numel()
+        if not wanted:
             return
         view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                while done < self.nbytes:
+                file.seek(self.offset + begin)
+                while done < wanted:
                     count = file.readinto(view[done:])
                     if not count:
                         break
@@ -86,9 +88,27 @@ class StoredTensor:
             raise StorageError(
                 expected_got(f"{self.path}: {self.name}", "to be read", error.strerror, remedy)
             ) from error
-        if done < self.nbytes:
-            what, wanted = f"{self.path}: {self.name}", f"{self.nbytes} bytes at {self.offset}"
-            raise StorageError(expected_got(what, wanted, done, _AGAIN))
+        if done < wanted:
+            what, expected = f"{self.path}: {self.name}", f"{wanted} bytes at {self.offset + begin}"
+            raise StorageError(expected_got(what, expected, done, _AGAIN))
+
+    def copy_to(self, path: Path) -> None:
+        """Write a safetensors file of this tensor alone, whole or not at all, piece by piece."""
+        (dtype,) = (name for name, each in _DTYPES.items() if each == self.dtype)
+        entry = {"dtype": dtype, "shape": self.shape, "data_offsets": [0, self.nbytes]}
+        header = json.dumps({"__metadata__": {"format": "pt"}, self.name: entry}).encode()
+        header += b" " * (-len(header) % 8)  # data begin at a multiple of 8 bytes
+        piece = torch.empty(min(_COPIED_BYTES, self.nbytes), dtype=torch.uint8)
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                file.write(struct.pack("<Q", len(header)) + header)
+                for begin in range(0, self.nbytes, _COPIED_BYTES):
+                    part = piece[: self.nbytes - begin]
+                    self.read_into(part, begin)
+                    file.write(memoryview(part.numpy()))  # type: ignore[arg-type]
+
+        write_atomically(path, write)
 
 
 class Shards(Mapping[str, StoredTensor]):
