@@ -69,7 +69,8 @@ def compare(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
         cap = None if resident is None else options.cap
         values[name] = run = _in_a_process(options, {"name": name, "resident_layers": resident, "cap": cap})
         confined = "" if cap is None else f", confined to {cap:g} GiB by {run['confined_by']}"
-        lines += ["", f"{name}: 4 bits, {options.dtype}, {run['rows']} sequences a step{confined}"]
+        packed = ", found in 4 bits" if run["is_packed"] else ", quantised meanwhile"
+        lines += ["", f"{name}: 4 bits, {options.dtype}, {run['rows']} sequences a step{confined}{packed}"]
         lines += [f"  losses {', '.join(f'{loss:.8f}' for loss in run['losses'])}"]
         lines += [
             f"  {phase:<9}peak {run[f'{phase}_peak'] / GIB:6.2f} GiB, planned {run[f'{phase}_plan'] / GIB:6.2f} "
@@ -191,6 +192,9 @@ def _confine(child: dict[str, Any]) -> str:
 def _run(options: argparse.Namespace, child: dict[str, Any]) -> dict[str, Any]:
     """Train, and say what it took."""
     confined_by = _confine(child)
+    packed = options.folder / "packed"
+    name = write_model(options).name
+    child["is_packed"] = any((each / "config.json").exists() for each in packed.glob(f"{name}-*"))
     import cdas_fast
     from cdas_fast.demo import demo_pairs
     from cdas_fast.training.concept_run import RunContext
@@ -222,7 +226,7 @@ def _run(options: argparse.Namespace, child: dict[str, Any]) -> dict[str, Any]:
         device="cpu",
         load_in_4bit=True,
         resident_layers=child["resident_layers"],
-        packed_dir=options.folder / "packed",
+        packed_dir=packed,
     )
     with mock.patch.object(RunContext, "cache_in_layer_order", noting):
         result = cdas_fast.train(model, tokenizer, pairs, config)
@@ -231,6 +235,7 @@ def _run(options: argparse.Namespace, child: dict[str, Any]) -> dict[str, Any]:
     plan = _plan(options, child, result.only)
     return {
         "confined_by": confined_by,
+        "is_packed": child["is_packed"],
         "losses": [record.loss for record in result.history],
         "rows": 2 * options.pairs,
         "caching_peak": peaks["caching"],
@@ -244,6 +249,7 @@ def _run(options: argparse.Namespace, child: dict[str, Any]) -> dict[str, Any]:
 def _plan(options: argparse.Namespace, child: dict[str, Any], result: Any) -> dict[str, float]:
     from cdas_fast.distributed.hardware import parse_machine
     from cdas_fast.distributed.model_sizes import model_sizes
+    from cdas_fast.distributed.plan_memory import QUANTISING
     from cdas_fast.distributed.plan_workload import Strategy, make_workload
     from cdas_fast.distributed.planner import plan_of
 
@@ -260,7 +266,8 @@ def _plan(options: argparse.Namespace, child: dict[str, Any], result: Any) -> di
     )
     strategy = Strategy("one process", True, options.micro_batch_tokens, True, child["resident_layers"], "disk")
     plan = plan_of(work, parse_machine("cpu"), strategy)
-    return {"caching_plan": sum(plan.caching.values()), "training_plan": sum(plan.training.values())}
+    caching = {name: size for name, size in plan.caching.items() if not (child["is_packed"] and name == QUANTISING)}
+    return {"caching_plan": sum(caching.values()), "training_plan": sum(plan.training.values())}
 
 
 def _peak_and_reset() -> int:

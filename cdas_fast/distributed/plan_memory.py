@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 
 from cdas_fast.distributed.hardware import GIB, Machine
-from cdas_fast.distributed.model_sizes import LayerSizes
+from cdas_fast.distributed.model_sizes import FOUR_BIT_BYTES, LayerSizes
 from cdas_fast.distributed.plan_workload import Strategy, Workload
 
 CUDA_CONTEXT = 0.7 * GIB
 CPU_PROCESS = 0.5 * GIB  # Python and torch
 GPU_PROCESS = 2.0 * GIB  # the same in host memory, with CUDA's libraries
 LOSS_CHUNK = {"cuda": 0.25 * GIB, "cpu": 1.7 * 64 * 2**20}  # on a CPU with the gradients of parts of the vocabulary
+QUANTISING = "quantising, in the first run"  # name of what a packed copy that is there spares
+QUANTISING_BYTES = 14 * 2**22 + 64 * 2**20  # on a CPU for a part of a matrix, and bitsandbytes itself
 RING_SLOTS = 3
 GATHERED_LAYERS = 2
 
@@ -114,10 +116,19 @@ def caching_parts(own: Workload, machine: Machine, strategy: Strategy) -> Parts:
     }
     if strategy.four_bit:
         parts["dequantised layer"] = max(layer.linear_values for layer in layers) * item
+        parts[QUANTISING] = _quantising_bytes(own, machine)
     scores = 0 if machine.is_cpu else own.sequence_tokens
     at_work = (each.forward_bytes(item) + each.score_bytes(item, scores) for each in layers)
     parts["layer at work"] = max(at_work) * tokens
     return _base_parts(machine) | parts
+
+
+def _quantising_bytes(own: Workload, machine: Machine) -> float:
+    """A matrix and what is made of it; on a CPU also the rest of its layer, until that is written."""
+    matrix = max(layer.largest_linear for layer in own.sizes.layers)
+    if machine.is_cpu:
+        return matrix * own.itemsize + max(own.stored_bytes(each, True) for each in own.sizes.layers) + QUANTISING_BYTES
+    return matrix * (own.itemsize + FOUR_BIT_BYTES)
 
 
 def host_training_parts(own: Workload, machine: Machine, strategy: Strategy) -> Parts:
