@@ -435,8 +435,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(llama_70b: ModelSizes
     assert f"does not fit 1x6, by {least.shortfall / GIB:.2f} GiB" in message
     assert "planned, not measured" in message
     assert "unless on GPUs of 10 GB" in message
-    assert decide(make_workload(llama_70b, 32), parse_machine("1x9")).chosen is not None
-    assert decide(make_workload(llama_70b, 32), parse_machine("1x8")).chosen is None
+    assert decide(make_workload(llama_70b, 32), parse_machine("1x10")).chosen is not None
+    assert decide(make_workload(llama_70b, 32), parse_machine("1x9")).chosen is None
 
 
 def test_remedies_were_tried(llama_70b: ModelSizes) -> None:
