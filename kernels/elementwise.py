@@ -15,8 +15,6 @@ room for them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -227,18 +225,16 @@ def rms_norm(
     if block_d > parameters.widest:
         block_d = parameters.tile
     block_n = min(max(1, parameters.tile // block_d), triton.next_power_of_2(rows))
-    warp_size = launch.architecture(x.device).warp_size
     launch.run(
         _rms_norm_kernel,
         (triton.cdiv(rows, block_n),),
         *(x, grad_out, factor, out, rows, x.stride(0), 0 if grad_out is None else grad_out.stride(0)),
-        num_warps=max(1, min(block_n * block_d // parameters.per_thread, 512) // warp_size),
         D=width,
         EPS=eps,
         ROUND=round_normalized,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        DTYPE=_type(maths),
+        **launch.row_threads(x, block_n * block_d, parameters),
     )
 
 
@@ -320,7 +316,7 @@ def rotate(
         HALF=half,
         BLOCK_H=block_h,
         BLOCK_E=block_e,
-        DTYPE=_type(_math_dtype(x)),
+        DTYPE=launch.math_type(x),
         enable_fp_fusion=False,
     )
 
@@ -348,7 +344,7 @@ def _gated_activation(
         num_warps=NUM_WARPS if block == BLOCK else 1,
         GELU=activation == "gelu_tanh",
         BLOCK=block,
-        DTYPE=_type(_math_dtype(gate)),
+        DTYPE=launch.math_type(gate),
     )
 
 
@@ -363,12 +359,4 @@ def _rows(name: str, x: Tensor) -> torch.dtype:
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"{name}: expected floating-point rows (N, D), got {x.dtype} of shape {tuple(x.shape)}")
     launch.check(name, x, tuple(x.shape), x)
-    return _math_dtype(x)
-
-
-def _math_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _type(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    return launch.math_dtype(x)

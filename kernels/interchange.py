@@ -302,7 +302,7 @@ def clamp_backward(
                 gradient.zero_()
         return
     sequences, direction_index = _check(grad_out, direction, mask, direction_index, rows_per_sequence)
-    rank, dtype = direction.shape[-2], _math_dtype(grad_out)
+    rank, dtype = direction.shape[-2], launch.math_dtype(grad_out)
     place = (mask, direction_index, rows_per_sequence)
     if grad_hidden is not None:
         launch.check("grad_hidden", grad_hidden, tuple(grad_out.shape), grad_out, dtype=grad_out.dtype)
@@ -417,7 +417,7 @@ def _direction_gradient(
             _project(hidden, direction, *where, along_hidden, parameters)
         block_r = min(triton.next_power_of_2(rank), max(1, parameters.reduction_tile // block_d))
         blocks = triton.cdiv(rank, block_r) * triton.cdiv(width, block_d)
-        constants = _threads(grad_out, block_r * block_d, parameters)
+        constants = launch.row_threads(grad_out, block_r * block_d, parameters)
         constants["resident"] = parameters.resident
         gpu = launch.architecture(grad_out.device)
         together = gpu.multiprocessors * max(1, parameters.resident // (constants["num_warps"] * gpu.warp_size))
@@ -443,17 +443,10 @@ def _tiles(
     if block_d > parameters.widest:
         block_d = parameters.tile
     block_n = min(max(1, parameters.tile // block_d), triton.next_power_of_2(group_rows))
-    constants = _threads(hidden, block_n * block_d, parameters)
+    constants = launch.row_threads(hidden, block_n * block_d, parameters)
     constants |= {"R": rank, "D": width, "BLOCK_N": block_n, "BLOCK_D": block_d}
     constants["BLOCK_R"] = triton.next_power_of_2(rank)
     return (rows // group_rows * triton.cdiv(group_rows, block_n),), constants
-
-
-def _threads(hidden: Tensor, tile: int, parameters: SubspaceParameters) -> dict[str, Any]:
-    """Warps for a tile, and the dtype of the maths."""
-    warp_size = launch.architecture(hidden.device).warp_size
-    num_warps = max(1, min(tile // parameters.per_thread, 512) // warp_size)
-    return {"num_warps": num_warps, "DTYPE": tl.float64 if hidden.dtype == torch.float64 else tl.float32}
 
 
 def _parameters(
@@ -473,10 +466,6 @@ def _group_rows(hidden: Tensor, direction_index: Tensor | None, rows_per_sequenc
 
 def _concepts(direction: Tensor) -> int:
     return direction.shape[0] if direction.dim() == 3 else 1
-
-
-def _math_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _check(

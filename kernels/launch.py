@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
@@ -103,6 +104,22 @@ def subspace_candidates(parameters: SubspaceParameters) -> list[SubspaceParamete
         for tile in (parameters.tile, parameters.tile // 2, parameters.tile * 2)
         for per_thread in (parameters.per_thread, parameters.per_thread // 2)
     ]
+
+
+def row_threads(x: Tensor, tile: int, parameters: SubspaceParameters) -> dict[str, Any]:
+    """Warps for a tile of so many numbers of `x`, and the dtype of the maths."""
+    num_warps = max(1, min(tile // parameters.per_thread, 512) // architecture(x.device).warp_size)
+    return {"num_warps": num_warps, "DTYPE": math_type(x)}
+
+
+def math_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the maths for numbers such as those of `x`: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def math_type(x: Tensor) -> Any:
+    """`math_dtype` as kernels take it."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def autotunes(device: torch.device) -> bool:

@@ -14,20 +14,13 @@ from test_gated_activation import true as true_gated
 from test_rms_norm import EPS, VARIANTS
 from test_rms_norm import plain as plain_norm
 from torch import Tensor
-from triton_worker import Apart, Made, Worker, worker
+from triton_worker import ROW_PARAMETERS, Apart, Made, Worker, worker
 
 from cdas_fast.ops.rotary_embedding import rotary_embedding
 
 KERNELS = "cdas_fast.kernels.elementwise:"
 PROBES = "triton_probes:"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# A row in one program's registers, several rows, and parts of a row, at widths of tens.
-SMALL = {"tile": 64, "widest": 64, "reduction_tile": 64, "per_thread": 2, "resident": 512}
-PARAMETERS = {
-    "default": None,
-    "row_in_one_program": Made("cdas_fast.kernels.launch:SubspaceParameters", SMALL),
-    "row_in_parts": Made("cdas_fast.kernels.launch:SubspaceParameters", {**SMALL, "tile": 16, "widest": 8}),
-}
 SHAPES = [(6, 64), (3, 67), (7, 1), (1, 576), (33, 12)]
 FAR = 2**31 // 8 + 64  # rows so far apart that their offsets need 64 bits, from the ninth on
 
@@ -47,7 +40,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 # RMS norm
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -79,7 +72,7 @@ def test_norm_and_its_gradient(
     assert_as_right_as_torch("gradient", run(upstream), their_gradient, true_gradient, size)
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 def test_extreme_rows_of_a_norm(parameters: Made | None, kernels: Worker) -> None:
     x = randn(7, 35).float()
     x[1], x[2], x[3] = 0, torch.finfo(torch.float32).tiny, 1e4

@@ -11,18 +11,10 @@ import pytest
 import torch
 from head_cases import assert_as_right_as_torch
 from torch import Tensor
-from triton_worker import Apart, Made, Worker, worker
+from triton_worker import ROW_PARAMETERS, Apart, Made, Worker, worker
 
 KERNELS = "cdas_fast.kernels.interchange:"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Every way a launch can go at widths of tens: a row in one program's registers, several rows, parts of a row; the
-# directions in several blocks or in one.
-SMALL = {"tile": 64, "widest": 64, "reduction_tile": 64, "per_thread": 2, "resident": 512}
-PARAMETERS = {
-    "default": None,
-    "row_in_one_program": Made("cdas_fast.kernels.launch:SubspaceParameters", SMALL),
-    "row_in_parts": Made("cdas_fast.kernels.launch:SubspaceParameters", {**SMALL, "tile": 16, "widest": 8}),
-}
 GRADIENTS = ("grad_hidden", "grad_value", "grad_direction")
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
@@ -117,7 +109,7 @@ def assert_right(case: Case, kernels: Worker, **extra: Any) -> None:
 # Truth
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 @pytest.mark.parametrize("masked", [False, True], ids=["everywhere", "masked"])
 @pytest.mark.parametrize("concepts", [None, 4], ids=["shared", "indexed"])
 @pytest.mark.parametrize("rank", [1, 3])
@@ -128,7 +120,7 @@ def test_result_and_gradients(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 def test_every_dtype(parameters: Made | None, dtype: torch.dtype, kernels: Worker) -> None:
     assert_right(make_case(concepts=2, masked=True, dtype=dtype), kernels, parameters=parameters)
 
@@ -146,7 +138,7 @@ def test_direction_and_value_of_another_dtype(direction_dtype: torch.dtype, kern
         assert torch.equal(given[name], expected)
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 @pytest.mark.parametrize(
     "shape",
     [
@@ -164,7 +156,7 @@ def test_every_shape(shape: dict[str, Any], parameters: Made | None, kernels: Wo
     assert_right(make_case(**shape), kernels, parameters=parameters)
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 @pytest.mark.parametrize("concepts", [None, 4], ids=["shared", "indexed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_project(dtype: torch.dtype, concepts: int | None, parameters: Made | None, kernels: Worker) -> None:
@@ -204,7 +196,7 @@ def test_interchange_and_its_gradients_are_made_of_these(kernels: Worker) -> Non
 
 
 @pytest.mark.parametrize("needed", [("grad_hidden",), ("grad_value",), ("grad_direction",)], ids=lambda names: names[0])
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 def test_one_gradient_alone_is_the_same(parameters: Made | None, needed: tuple[str, ...], kernels: Worker) -> None:
     case = make_case(concepts=2, masked=True)
     together = dict(zip(GRADIENTS, case.backward(kernels, parameters=parameters), strict=True))
@@ -220,7 +212,7 @@ def test_hidden_and_value_are_not_needed_for_the_other_gradients(kernels: Worker
         torch.testing.assert_close(given[name], expected)
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 @pytest.mark.parametrize("concepts", [None, 2], ids=["shared", "indexed"])
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_masked_rows_may_hold_anything(
@@ -240,7 +232,7 @@ def test_masked_rows_may_hold_anything(
     assert all(torch.equal(ours, expected) for ours, expected in zip(others, clean[1][1:], strict=True))
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 def test_a_bad_row_reaches_only_itself(parameters: Made | None, kernels: Worker) -> None:
     case, clean = make_case(), make_case()
     case.hidden[7, 3] = math.nan
@@ -250,7 +242,7 @@ def test_a_bad_row_reaches_only_itself(parameters: Made | None, kernels: Worker)
     assert torch.equal(out[others], expected[others])
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 @pytest.mark.parametrize("wrong", [-1, 2, 2**40])
 def test_a_concept_that_there_is_not_gives_nan(wrong: int, parameters: Made | None, kernels: Worker) -> None:
     case, clean = make_case(concepts=2), make_case(concepts=2)
@@ -283,7 +275,7 @@ def test_the_order_of_sequences_within_a_concept_is_kept(kernels: Worker) -> Non
 # Memory
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS.keys())
+@pytest.mark.parametrize("parameters", ROW_PARAMETERS.values(), ids=ROW_PARAMETERS.keys())
 def test_results_may_take_the_place_of_what_they_come_from(parameters: Made | None, kernels: Worker) -> None:
     case = make_case(masked=True, concepts=2)
     assert torch.equal(

@@ -46,6 +46,16 @@ class Made:
     named: dict[str, Any]
 
 
+# Every way a launch along rows can go at widths of tens: a row in one program's registers, several rows, parts of a
+# row; and, of interventions, the directions in several blocks or in one.
+_SMALL = {"tile": 64, "widest": 64, "reduction_tile": 64, "per_thread": 2, "resident": 512}
+ROW_PARAMETERS = {
+    "default": None,
+    "row_in_one_program": Made("cdas_fast.kernels.launch:SubspaceParameters", _SMALL),
+    "row_in_parts": Made("cdas_fast.kernels.launch:SubspaceParameters", {**_SMALL, "tile": 16, "widest": 8}),
+}
+
+
 class Worker:
     """The other process."""
 
