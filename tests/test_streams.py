@@ -251,3 +251,15 @@ def test_two_threads_do_not_fill_the_same_staging_memory(
     for seed in range(5):
         use(detector, stored, seed, passes=2, host_bytes=0)
     assert not together
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:0", 0), ("cuda:3", 3)])
+def test_the_reader_works_by_way_of_its_own_gpu(device: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number: torch refuses to set a device without one."""
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert layer_weights._reader_for(torch.device(device)).submit(lambda: 5).result() == 5
+    assert chosen == [index]
+    assert layer_weights._reader_for(torch.device("cpu")).submit(lambda: 5).result() == 5
+    assert len(chosen) == 1

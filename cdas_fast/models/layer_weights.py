@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -192,10 +192,7 @@ class LayerWeights:
         self._clock = itertools.count(1)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinning = Lock()  # of `_host` and `_staging`
-        device_of_thread: dict[str, Any] = {}
-        if device.type == "cuda":  # else the thread pins memory by way of the first GPU
-            device_of_thread = {"initializer": torch.cuda.set_device, "initargs": (device,)}
-        self._reader = ThreadPoolExecutor(1, "cdas-fast-reader", **device_of_thread) if ahead else None
+        self._reader = _reader_for(device) if ahead else None
 
     @property
     def resident(self) -> frozenset[int]:
@@ -426,6 +423,14 @@ class LayerWeights:
         for slot in self._ring:
             self._let_go(slot)
         self._ring.clear()
+
+
+def _reader_for(device: torch.device) -> ThreadPoolExecutor:
+    """A thread that reads; one that reads for a GPU pins memory by way of that one, and not of the first."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, "cdas-fast-reader")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return ThreadPoolExecutor(1, "cdas-fast-reader", initializer=torch.cuda.set_device, initargs=(index,))
 
 
 def spread(layers: Sequence[int], count: int) -> frozenset[int]:
